@@ -1,0 +1,105 @@
+"""The contract of one example: feature keys, split names and the schema that every record obeys.
+
+Everything that writes, checks, reads or slices examples takes its names from here. Imports nothing of ours.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+from tensorflow_metadata.proto.v0 import schema_pb2
+
+IMAGE_KEY = "image"  # bytes: an encoded JPEG or PNG, as the user gave it
+LABEL_KEY = "label"  # string: a line of labels.txt
+FILENAME_KEY = "filename"  # string: where the image came from
+HEIGHT_KEY = "height"  # int64: pixels
+WIDTH_KEY = "width"  # int64: pixels
+RECORD_KEYS = (IMAGE_KEY, LABEL_KEY, FILENAME_KEY, HEIGHT_KEY, WIDTH_KEY)
+
+TRAIN_SPLIT = "train"
+VALID_SPLIT = "valid"
+TEST_SPLIT = "test"
+SPLITS = (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
+
+LABELS_FILE = "labels.txt"
+SCHEMA_FOLDER = "schema"
+SCHEMA_FILE = "schema.pbtxt"
+
+
+def transformed_name(key: str) -> str:
+    """Names a feature after Transform, with TFX's own suffix."""
+    return f"{key}_xf"
+
+
+def make_example(
+    *, image: bytes, label: str, filename: str, height: int, width: int, columns: dict[str, str]
+) -> tf.train.Example:
+    """Builds the record of one image.
+
+    Args:
+      image: an encoded JPEG or PNG.
+      label: the class, a line of labels.txt.
+      filename: where the image came from.
+      height: pixels.
+      width: pixels.
+      columns: extra column -> value, one string feature each.
+    """
+
+    def bytes_feature(value: bytes) -> tf.train.Feature:
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    def int_feature(value: int) -> tf.train.Feature:
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+    features = {
+        IMAGE_KEY: bytes_feature(image),
+        LABEL_KEY: bytes_feature(label.encode()),
+        FILENAME_KEY: bytes_feature(filename.encode("utf-8", "surrogateescape")),
+        HEIGHT_KEY: int_feature(height),
+        WIDTH_KEY: int_feature(width),
+    }
+    features.update({name: bytes_feature(value.encode()) for name, value in columns.items()})
+    return tf.train.Example(features=tf.train.Features(feature=features))
+
+
+def make_schema(class_names: Sequence[str], columns: Sequence[str]) -> schema_pb2.Schema:
+    """Builds the schema of the records: each feature present once, labels in their domain, sizes positive.
+
+    Args:
+      class_names: the lines of labels.txt, in order.
+      columns: names of the extra columns.
+    """
+    schema = schema_pb2.Schema()
+    # Every feature is a scalar, dense [batch] in every reader.
+    tensors = schema.tensor_representation_group[""].tensor_representation
+
+    def add(name: str, feature_type: int, *, is_counted: bool = True) -> schema_pb2.Feature:
+        feature = schema.feature.add(name=name, type=feature_type)
+        feature.value_count.min = feature.value_count.max = 1
+        if is_counted:
+            feature.presence.min_fraction = 1.0
+            feature.presence.min_count = 1
+        tensors[name].dense_tensor.column_name = name
+        tensors[name].dense_tensor.shape.SetInParent()
+        return feature
+
+    # Statistics leave the bytes and the names out, and would miss them otherwise.
+    add(IMAGE_KEY, schema_pb2.BYTES, is_counted=False)
+    add(FILENAME_KEY, schema_pb2.BYTES, is_counted=False)
+    add(LABEL_KEY, schema_pb2.BYTES).string_domain.value.extend(class_names)
+    add(HEIGHT_KEY, schema_pb2.INT).int_domain.min = 1
+    add(WIDTH_KEY, schema_pb2.INT).int_domain.min = 1
+    for name in columns:
+        add(name, schema_pb2.BYTES)
+    return schema
+
+
+def feature_spec(columns: Sequence[str] = ()) -> dict[str, tf.io.FixedLenFeature]:
+    """Returns the parsing specification of a record, for `tf.io.parse_example`: scalars, dense [batch]."""
+    spec = {
+        IMAGE_KEY: tf.io.FixedLenFeature([], tf.string),
+        LABEL_KEY: tf.io.FixedLenFeature([], tf.string),
+        FILENAME_KEY: tf.io.FixedLenFeature([], tf.string),
+        HEIGHT_KEY: tf.io.FixedLenFeature([], tf.int64),
+        WIDTH_KEY: tf.io.FixedLenFeature([], tf.int64),
+    }
+    return spec | {name: tf.io.FixedLenFeature([], tf.string) for name in columns}

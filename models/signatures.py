@@ -1,0 +1,114 @@
+"""The signatures of the exported SavedModel, all of them roads through one graph: decode, resize, network.
+
+Whatever calls the model (the server, the Evaluator, an explanation) runs the Transform graph that training ran. Called by
+the trainer at its end.
+"""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+import tensorflow_transform as tft
+
+from data.features import IMAGE_KEY, LABEL_KEY, transformed_name
+
+SERVING_DEFAULT = "serving_default"
+EXAMPLES = "examples"
+TRANSFORM_FEATURES = "transform_features"
+EXPLAIN_PREPROCESS = "explain_preprocess"
+EXPLAIN_MODEL = "explain_model"
+
+IMAGE_BYTES = "image_bytes"  # TensorFlow Serving and Vertex AI decode {"b64": ...} for names that end in `_bytes`
+PROBABILITIES = "probabilities"
+
+
+class ImageClassifier(tf.Module):
+    """The network with its preprocessing and its class list, as one exportable object."""
+
+    def __init__(self, network: keras.Model, transform_layer: tf.Module, class_names: Sequence[str]):
+        """Wraps a network.
+
+        Args:
+          network: float32 [batch, image_size, image_size, 3] in [0, 255] -> probabilities float32 [batch, classes].
+          transform_layer: `TFTransformOutput.transform_features_layer()`.
+          class_names: in the order of the network's outputs.
+        """
+        super().__init__(name="image_classifier")
+        self.network = network
+        self.transform_layer = transform_layer
+        self.class_names = tf.constant(list(class_names))
+
+    def _preprocess(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        images = self.transform_layer({IMAGE_KEY: image_bytes})[transformed_name(IMAGE_KEY)]
+        return tf.ensure_shape(images, self.network.input_shape)
+
+    def _answer(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        probabilities = self.network(images, training=False)
+        best = tf.argmax(probabilities, axis=-1)
+        return {
+            "label": tf.gather(self.class_names, best),
+            "probability": tf.reduce_max(probabilities, axis=-1),
+            "labels": tf.tile(self.class_names[tf.newaxis], [tf.shape(probabilities)[0], 1]),
+            PROBABILITIES: probabilities,
+        }
+
+    def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
+        """Traces the signatures that ARCHITECTURE names, ready for `tf.saved_model.save`.
+
+        `serving_default` takes image_bytes string [batch]; `examples` and `transform_features` take serialized
+        tf.Example string [batch]; `explain_preprocess` takes image bytes and gives float32 images, which
+        `explain_model` takes.
+        """
+        strings = tf.TensorSpec([None], tf.string)
+
+        @tf.function
+        def serving_default(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self._answer(self._preprocess(image_bytes))
+
+        @tf.function
+        def examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
+            parsed = tf.io.parse_example(examples, {IMAGE_KEY: tf.io.FixedLenFeature([], tf.string)})
+            return self._answer(self._preprocess(parsed[IMAGE_KEY]))
+
+        @tf.function
+        def transform_features(examples: tf.Tensor) -> dict[str, tf.Tensor]:
+            # The label alone: the Evaluator needs no second decoding of the image.
+            parsed = tf.io.parse_example(examples, {LABEL_KEY: tf.io.FixedLenFeature([], tf.string)})
+            label = transformed_name(LABEL_KEY)
+            return {label: self.transform_layer({LABEL_KEY: parsed[LABEL_KEY]})[label]}
+
+        @tf.function
+        def explain_preprocess(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"images": self._preprocess(image_bytes)}
+
+        @tf.function
+        def explain_model(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {PROBABILITIES: self.network(images, training=False)}
+
+        images = tf.TensorSpec(self.network.input_shape, tf.float32)
+        return {
+            SERVING_DEFAULT: serving_default.get_concrete_function(tf.TensorSpec([None], tf.string, name=IMAGE_BYTES)),
+            EXAMPLES: examples.get_concrete_function(strings),
+            TRANSFORM_FEATURES: transform_features.get_concrete_function(strings),
+            EXPLAIN_PREPROCESS: explain_preprocess.get_concrete_function(strings),
+            EXPLAIN_MODEL: explain_model.get_concrete_function(images),
+        }
+
+
+def export(classifier: ImageClassifier, path: str) -> None:
+    """Saves the classifier with its signatures.
+
+    Args:
+      classifier: what to save.
+      path: folder of the SavedModel; local or gs://.
+    """
+    tf.saved_model.save(classifier, path, signatures=classifier.signatures())
+
+
+def transform_layer(transform_graph_path: str) -> tf.Module:
+    """Loads the Transform component's graph as a layer.
+
+    Args:
+      transform_graph_path: folder that Transform wrote.
+    """
+    return tft.TFTransformOutput(transform_graph_path).transform_features_layer()

@@ -1,0 +1,180 @@
+"""The configuration: one TOML file for every runner, composed of what the parts declare.
+
+Later ones win: the preset, the file, the environment (`TFX_VISION_SECTION__KEY=value`), `--set section.key=value`. Values of
+the last two are TOML (`0.5`, `true`, `["a"]`); what is no TOML is taken as text. Called by both runners.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from data.errors import InputError, validate
+from data.prepare import DataConfig
+from models.classifier import ModelConfig
+from models.devices import DeviceConfig
+from models.trainer import TrainingConfig
+from pipeline.evaluation import EvaluationConfig
+from pipeline.vertex import VertexConfig
+from preprocessing.images import PreprocessingConfig
+
+ENVIRONMENT_PREFIX = "TFX_VISION_"
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Tests of the plumbing: a few dozen small images end to end in about 20 seconds on two cores; the gate is wide open.
+    "smoke": {
+        "preprocessing": {"image_size": 64},
+        "training": {"epochs": 5, "batch_size": 16},
+        "evaluation": {"min_accuracy": 0.6, "min_class_accuracy": 0.3, "min_slice_accuracy": 0.3},
+    },
+    # Transfer learning on the frozen backbone: about a minute for 2,600 images on two cores; README has the accuracies.
+    "default": {},
+}
+
+
+class PipelineConfig(pydantic.BaseModel):
+    """The pipeline itself.
+
+    Attributes:
+      name: of the pipeline and its workspace: lower case, digits and hyphens; the data's name where empty.
+      cache: reuse a component's result where nothing that it depends on has changed.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    name: str = pydantic.Field("", pattern=r"^([a-z0-9][a-z0-9-]{0,127})?$")
+    cache: bool = True
+
+
+class Config(pydantic.BaseModel):
+    """Every setting, by section."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    preset: Literal["smoke", "default"] = "default"
+    pipeline: PipelineConfig = PipelineConfig()
+    data: DataConfig = DataConfig()
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    devices: DeviceConfig = DeviceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    vertex: VertexConfig = VertexConfig()
+
+    @property
+    def pipeline_name(self) -> str:
+        """The pipeline's name, as given or made of the data's."""
+        stem = Path(self.data.input.rstrip("/")).name.removesuffix(".csv")
+        derived = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:128]
+        return self.pipeline.name or derived or "images"
+
+
+def load_config(
+    path: str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """Reads and validates the configuration.
+
+    Args:
+      path: TOML file, or None for the preset alone.
+      overrides: `section.key=value` each, as given with `--set`.
+      environment: variables to take `TFX_VISION_*` from; the process's own by default.
+
+    Raises:
+      InputError: if the file, a key or a value is wrong; one line that names it.
+    """
+    layers = [("the environment", _from_environment(os.environ if environment is None else environment))]
+    layers.append(("--set", _from_overrides(overrides)))
+    if path is not None:
+        layers.insert(0, (path, _from_file(path)))
+    merged: dict[str, Any] = {}
+    for origin, values in layers:
+        _check_keys(values, origin)
+        merged = _merge(merged, values)
+    preset = merged.get("preset", Config.model_fields["preset"].default)
+    if preset not in PRESETS:
+        raise InputError(f"Expected `preset` to be one of {', '.join(PRESETS)}. Received: {preset!r}.")
+    return validate(Config, _merge(PRESETS[preset], merged))
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Expected --config to be a TOML file. Received: {path!r}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"Expected {path} to be TOML. Received: {error}.") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, text in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            values = _merge(values, _nest(keys, _parse(text)))
+    return values
+
+
+def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key.strip()):
+            raise InputError(f"Expected --set section.key=value. Received: {override!r}.")
+        values = _merge(values, _nest(key.strip().split("."), _parse(text.strip())))
+    return values
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _check_keys(values: Mapping[str, Any], origin: str) -> None:
+    """Names the nearest known key for one that does not exist."""
+    known = {
+        name: tuple(field.annotation.model_fields)
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)
+    }
+    for section, settings in values.items():
+        if section not in Config.model_fields:
+            raise InputError(_unknown(section, list(Config.model_fields), origin))
+        if section not in known:
+            continue
+        if not isinstance(settings, Mapping):
+            raise InputError(f"Expected `{section}` in {origin} to be a section. Received: {settings!r}.")
+        for key in settings:
+            if key not in known[section]:
+                raise InputError(_unknown(f"{section}.{key}", [f"{section}.{name}" for name in known[section]], origin))
+
+
+def _unknown(key: str, known: list[str], origin: str) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return (
+        f"Expected a known setting in {origin}. Received: `{key}`. Did you mean `{nearest[0]}`? "
+        f"Known: {', '.join(known)}."
+    )

@@ -1,0 +1,275 @@
+"""`create_pipeline`: one straight line of components, the same for every runner.
+
+Called by `local_runner.py` and `kubeflow_runner.py`. The modules of each component are imported by name, as `from tfx import
+v1` also loads the Vertex AI SDK, for 12 seconds.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+
+import tensorflow as tf
+import tensorflow_data_validation as tfdv
+from google.protobuf import text_format
+from ml_metadata.proto import metadata_store_pb2
+from tensorflow_metadata.proto.v0 import schema_pb2
+from tfx.components import (
+    Evaluator,
+    ExampleValidator,
+    ImportExampleGen,
+    Pusher,
+    StatisticsGen,
+    Trainer,
+    Transform,
+)
+from tfx.dsl.components.base.base_component import BaseComponent
+from tfx.dsl.components.common.importer import Importer
+from tfx.dsl.components.common.resolver import Resolver
+from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
+from tfx.orchestration.pipeline import Pipeline
+from tfx.proto import example_gen_pb2, pusher_pb2, trainer_pb2
+from tfx.types import Channel, standard_artifacts
+
+from data.errors import InputError
+from data.features import (
+    HEIGHT_KEY,
+    LABEL_KEY,
+    RECORD_KEYS,
+    SCHEMA_FILE,
+    SCHEMA_FOLDER,
+    SPLITS,
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    VALID_SPLIT,
+    WIDTH_KEY,
+)
+from data.fingerprint import code_fingerprint
+from data.prepare import DataConfig, read_class_names
+from models.trainer import CONFIG_KEY, TrainerConfig
+from pipeline.components import DataGate, LatestOtherBlessedModelStrategy
+from pipeline.config import Config
+from pipeline.evaluation import eval_config
+from pipeline.vertex import serving_args, training_job
+
+_CODE_PACKAGES = ("tensorflow", "keras", "tensorflow-transform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The prepared data that the pipeline starts from.
+
+    Attributes:
+      folder: that `data.prepare` wrote; local or gs://.
+      class_names: the ordered class list.
+      columns: extra columns to slice by.
+      schema_fingerprint: changes with the schema file, so that an edited one is imported anew.
+    """
+
+    folder: str
+    class_names: tuple[str, ...]
+    columns: tuple[str, ...]
+    schema_fingerprint: str
+
+
+def read_records(folder: str, config: DataConfig) -> Records:
+    """Reads what the pipeline must know of prepared records.
+
+    Args:
+      folder: that `data.prepare` wrote; local or gs://.
+      config: which columns to slice by.
+
+    Raises:
+      InputError: if the records lack a column to slice by.
+    """
+    schema_path = os.path.join(folder, SCHEMA_FOLDER, SCHEMA_FILE)
+    with tf.io.gfile.GFile(schema_path) as file:
+        text = file.read()
+    schema = text_format.Parse(text, schema_pb2.Schema())
+    columns = tuple(feature.name for feature in schema.feature if feature.name not in RECORD_KEYS)
+    if unknown := sorted(set(config.slice_columns or ()) - set(columns)):
+        raise InputError(
+            f"Expected `data.slice_columns` to name columns of the data ({', '.join(columns) or 'it has none'}). "
+            f"Received: {', '.join(unknown)}."
+        )
+    return Records(
+        folder=folder,
+        class_names=read_class_names(folder),
+        columns=columns if config.slice_columns is None else config.slice_columns,
+        schema_fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
+
+
+def create_pipeline(
+    config: Config,
+    records: Records,
+    *,
+    pipeline_root: str,
+    serving_model_dir: str,
+    beam_pipeline_args: Sequence[str],
+    metadata_connection_config: metadata_store_pb2.ConnectionConfig | None = None,
+    on_vertex: bool = False,
+) -> Pipeline:
+    """Composes the pipeline.
+
+    Args:
+      config: every setting.
+      records: the data.
+      pipeline_root: where the components keep their artifacts.
+      serving_model_dir: where the local Pusher puts a blessed model, under its version.
+      beam_pipeline_args: runner and options of the Beam steps.
+      metadata_connection_config: the metadata store of a local run.
+      on_vertex: train as a Vertex AI custom job, push to a Vertex AI endpoint.
+    """
+    # The beginning: records as they are, in the splits that `data.prepare` decided.
+    example_gen = ImportExampleGen(
+        input_base=records.folder,
+        input_config=example_gen_pb2.Input(
+            splits=[example_gen_pb2.Input.Split(name=name, pattern=f"{name}-*.tfrecord.gz") for name in SPLITS]
+        ),
+    )
+
+    # What the data is: over labels, sizes and columns, never over image bytes.
+    statistics_gen = StatisticsGen(
+        examples=example_gen.outputs["examples"],
+        stats_options=tfdv.StatsOptions(feature_allowlist=[LABEL_KEY, HEIGHT_KEY, WIDTH_KEY, *records.columns]),
+    )
+
+    # What the data must be: written beside the records, edited and versioned by people.
+    schema = Importer(
+        source_uri=os.path.join(records.folder, SCHEMA_FOLDER),
+        artifact_type=standard_artifacts.Schema,
+        custom_properties={"fingerprint": records.schema_fingerprint},
+    ).with_id("Schema")
+
+    # Whether it is.
+    example_validator = ExampleValidator(
+        statistics=statistics_gen.outputs["statistics"], schema=schema.outputs["result"]
+    )
+    data_gate = DataGate(anomalies=example_validator.outputs["anomalies"], code=code_fingerprint("pipeline.components"))
+
+    # One preprocessing for training, evaluation and serving: traced only, as without analyzers there is nothing to compute.
+    transform = Transform(
+        examples=example_gen.outputs["examples"],
+        schema=schema.outputs["result"],
+        preprocessing_fn="preprocessing.transform.preprocessing_fn",
+        materialize=False,
+        disable_statistics=True,
+        disable_analyzer_cache=True,
+        custom_config={
+            "image_size": config.preprocessing.image_size,
+            "class_names": list(records.class_names),
+            "code": code_fingerprint("preprocessing.transform", distributions=_CODE_PACKAGES),
+        },
+    )
+    transform.add_upstream_node(data_gate)
+
+    # The model.
+    trainer = _trainer(config, on_vertex)(
+        run_fn="models.trainer.run_fn",
+        examples=example_gen.outputs["examples"],
+        transform_graph=transform.outputs["transform_graph"],
+        schema=schema.outputs["result"],
+        train_args=trainer_pb2.TrainArgs(splits=[TRAIN_SPLIT]),
+        eval_args=trainer_pb2.EvalArgs(splits=[VALID_SPLIT]),
+        custom_config=_trainer_config(config, records, on_vertex),
+    )
+
+    # The model in use, to compare with.
+    baseline = _baseline_resolver(trainer, on_vertex)
+
+    # Whether the model is good enough.
+    evaluator = Evaluator(
+        examples=example_gen.outputs["examples"],
+        example_splits=[TEST_SPLIT],
+        schema=schema.outputs["result"],
+        model=trainer.outputs["model"],
+        baseline_model=baseline.outputs["model"],
+        eval_config=eval_config(config.evaluation, records.class_names, records.columns),
+    )
+
+    # Into use, if it is.
+    pusher = _pusher(config, trainer, evaluator, serving_model_dir, on_vertex)
+
+    return Pipeline(
+        pipeline_name=config.pipeline_name,
+        pipeline_root=pipeline_root,
+        components=[
+            example_gen,
+            statistics_gen,
+            schema,
+            example_validator,
+            data_gate,
+            transform,
+            trainer,
+            baseline,
+            evaluator,
+            pusher,
+        ],
+        enable_cache=config.pipeline.cache,
+        beam_pipeline_args=list(beam_pipeline_args),
+        metadata_connection_config=metadata_connection_config,
+    )
+
+
+def _trainer(config: Config, on_vertex: bool) -> type[BaseComponent]:
+    if not on_vertex:
+        return Trainer
+    from tfx.extensions.google_cloud_ai_platform.trainer.component import Trainer as VertexTrainer
+
+    return VertexTrainer
+
+
+def _trainer_config(config: Config, records: Records, on_vertex: bool) -> dict:
+    trainer_config = TrainerConfig(
+        class_names=records.class_names,
+        preprocessing=config.preprocessing,
+        model=config.model,
+        training=config.training,
+        devices=config.devices,
+        code=code_fingerprint("models.trainer", distributions=_CODE_PACKAGES),
+    )
+    custom_config = {CONFIG_KEY: trainer_config.model_dump(mode="json")}
+    if on_vertex:
+        from tfx.extensions.google_cloud_ai_platform import constants
+        from tfx.extensions.google_cloud_ai_platform.trainer import executor
+
+        custom_config[constants.ENABLE_VERTEX_KEY] = True
+        custom_config[constants.VERTEX_REGION_KEY] = config.vertex.region
+        custom_config[executor.TRAINING_ARGS_KEY] = training_job(config.vertex)
+    return custom_config
+
+
+def _baseline_resolver(trainer: BaseComponent, on_vertex: bool) -> Resolver:
+    channels = {
+        "model": Channel(type=standard_artifacts.Model),
+        "model_blessing": Channel(type=standard_artifacts.ModelBlessing),
+    }
+    if on_vertex:  # which knows TFX's own strategies only
+        resolver = Resolver(strategy_class=LatestBlessedModelStrategy, **channels)
+    else:
+        resolver = Resolver(
+            strategy_class=LatestOtherBlessedModelStrategy, candidate=trainer.outputs["model"], **channels
+        )
+    return resolver.with_id("LatestBlessedModel")
+
+
+def _pusher(
+    config: Config, trainer: BaseComponent, evaluator: BaseComponent, serving_model_dir: str, on_vertex: bool
+) -> BaseComponent:
+    inputs = {"model": trainer.outputs["model"], "model_blessing": evaluator.outputs["blessing"]}
+    if not on_vertex:
+        destination = pusher_pb2.PushDestination.Filesystem(base_directory=serving_model_dir)
+        return Pusher(push_destination=pusher_pb2.PushDestination(filesystem=destination), **inputs)
+    from tfx.extensions.google_cloud_ai_platform import constants
+    from tfx.extensions.google_cloud_ai_platform.pusher.component import Pusher as VertexPusher
+
+    return VertexPusher(
+        custom_config={
+            constants.ENABLE_VERTEX_KEY: True,
+            constants.VERTEX_REGION_KEY: config.vertex.region,
+            constants.VERTEX_CONTAINER_IMAGE_URI_KEY: config.vertex.serving_image,
+            constants.SERVING_ARGS_KEY: serving_args(config.vertex, config.pipeline_name),
+        },
+        **inputs,
+    )
