@@ -24,7 +24,7 @@ import pydantic
 import tensorflow as tf
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data.errors import EXIT_DONE, InputError, report_error
+from data.errors import EXIT_DONE, InputError, report_error, validate
 from data.features import (
     LABELS_FILE,
     SCHEMA_FILE,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
-import tensorflow_transform as tft
 
 from data.features import IMAGE_KEY, LABEL_KEY, transformed_name
+from preprocessing.transform import TransformGraph
 
 SERVING_DEFAULT = "serving_default"
 EXAMPLES = "examples"
@@ -25,25 +25,28 @@ PROBABILITIES = "probabilities"
 class ImageClassifier(tf.Module):
     """The network with its preprocessing and its class list, as one exportable object."""
 
-    def __init__(self, network: keras.Model, transform_layer: tf.Module, class_names: Sequence[str]):
+    def __init__(self, network: keras.Model, transform: TransformGraph, class_names: Sequence[str]):
         """Wraps a network.
 
         Args:
           network: float32 [batch, image_size, image_size, 3] in [0, 255] -> probabilities float32 [batch, classes].
-          transform_layer: `TFTransformOutput.transform_features_layer()`.
+          transform: the graph that training ran.
           class_names: in the order of the network's outputs.
         """
         super().__init__(name="image_classifier")
         self.network = network
-        self.transform_layer = transform_layer
+        self.transform_images = transform.images
+        self.transform_labels = transform.labels
         self.class_names = tf.constant(list(class_names))
+        # Traced once and called by every signature. Nothing here needs AutoGraph, which would take longer than the rest.
+        images = tf.TensorSpec(network.input_shape, tf.float32)
+        self._predict = tf.function(lambda x: network(x, training=False), autograph=False).get_concrete_function(images)
 
     def _preprocess(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        images = self.transform_layer({IMAGE_KEY: image_bytes})[transformed_name(IMAGE_KEY)]
-        return tf.ensure_shape(images, self.network.input_shape)
+        return tf.ensure_shape(self.transform_images(image_bytes), self.network.input_shape)
 
     def _answer(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        probabilities = self.network(images, training=False)
+        probabilities = self._predict(images)
         best = tf.argmax(probabilities, axis=-1)
         return {
             "label": tf.gather(self.class_names, best),
@@ -61,29 +64,28 @@ class ImageClassifier(tf.Module):
         """
         strings = tf.TensorSpec([None], tf.string)
 
-        @tf.function
+        @tf.function(autograph=False)
         def serving_default(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
             return self._answer(self._preprocess(image_bytes))
 
-        @tf.function
+        @tf.function(autograph=False)
         def examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
             parsed = tf.io.parse_example(examples, {IMAGE_KEY: tf.io.FixedLenFeature([], tf.string)})
             return self._answer(self._preprocess(parsed[IMAGE_KEY]))
 
-        @tf.function
+        @tf.function(autograph=False)
         def transform_features(examples: tf.Tensor) -> dict[str, tf.Tensor]:
             # The label alone: the Evaluator needs no second decoding of the image.
             parsed = tf.io.parse_example(examples, {LABEL_KEY: tf.io.FixedLenFeature([], tf.string)})
-            label = transformed_name(LABEL_KEY)
-            return {label: self.transform_layer({LABEL_KEY: parsed[LABEL_KEY]})[label]}
+            return {transformed_name(LABEL_KEY): self.transform_labels(parsed[LABEL_KEY])}
 
-        @tf.function
+        @tf.function(autograph=False)
         def explain_preprocess(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"images": self._preprocess(image_bytes)}
 
-        @tf.function
+        @tf.function(autograph=False)
         def explain_model(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            return {PROBABILITIES: self.network(images, training=False)}
+            return {PROBABILITIES: self._predict(images)}
 
         images = tf.TensorSpec(self.network.input_shape, tf.float32)
         return {
@@ -104,11 +106,3 @@ def export(classifier: ImageClassifier, path: str) -> None:
     """
     tf.saved_model.save(classifier, path, signatures=classifier.signatures())
 
-
-def transform_layer(transform_graph_path: str) -> tf.Module:
-    """Loads the Transform component's graph as a layer.
-
-    Args:
-      transform_graph_path: folder that Transform wrote.
-    """
-    return tft.TFTransformOutput(transform_graph_path).transform_features_layer()

@@ -16,11 +16,12 @@ import numpy as np
 import pydantic
 import tensorflow as tf
 
-from data.features import IMAGE_KEY, LABEL_KEY, transformed_name
+from data.features import IMAGE_KEY, LABEL_KEY
 from models.classifier import ModelConfig, build_embedding, build_head, class_weights, join
 from models.devices import DeviceConfig, configure_devices
-from models.signatures import ImageClassifier, export, transform_layer
-from preprocessing.images import PreprocessingConfig
+from models.signatures import ImageClassifier, export
+from preprocessing.images import NUM_CHANNELS, PreprocessingConfig
+from preprocessing.transform import TransformGraph
 
 logger = logging.getLogger("tfx_vision")
 
@@ -139,7 +140,7 @@ def run_fn(fn_args: Any) -> None:
     config = TrainerConfig.model_validate(fn_args.custom_config[CONFIG_KEY])
     keras.utils.set_random_seed(config.training.seed)
     device = configure_devices(config.devices)
-    transform = transform_layer(fn_args.transform_graph_path)
+    transform = TransformGraph(fn_args.transform_graph_path)
     with tf.device(device), tempfile.TemporaryDirectory() as folder:
         embedding = build_embedding(config.model, image_size=config.preprocessing.image_size)
         train = embed(embedding, transform, fn_args.train_files, os.path.join(folder, "train"))
@@ -152,7 +153,7 @@ def run_fn(fn_args: Any) -> None:
     export(ImageClassifier(join(embedding, head), transform, config.class_names), fn_args.serving_model_dir)
 
 
-def read_images(transform: tf.Module, file_patterns: list[str]) -> tf.data.Dataset:
+def read_images(transform: TransformGraph, file_patterns: list[str]) -> tf.data.Dataset:
     """Reads, decodes and resizes records in their own order.
 
     Args:
@@ -165,19 +166,20 @@ def read_images(transform: tf.Module, file_patterns: list[str]) -> tf.data.Datas
     spec = {key: tf.io.FixedLenFeature([], tf.string) for key in (IMAGE_KEY, LABEL_KEY)}
 
     def parse(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        features = transform(tf.io.parse_example(serialized, spec))
-        return features[transformed_name(IMAGE_KEY)], features[transformed_name(LABEL_KEY)]
+        parsed = tf.io.parse_example(serialized, spec)
+        images = tf.ensure_shape(transform.images(parsed[IMAGE_KEY]), (None, None, None, NUM_CHANNELS))
+        return images, transform.labels(parsed[LABEL_KEY])
 
     files = sorted(path for pattern in file_patterns for path in tf.io.gfile.glob(pattern))
     return (
         tf.data.TFRecordDataset(files, compression_type="GZIP")
         .batch(_EMBEDDING_BATCH_SIZE)
-        .map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(tf.autograph.experimental.do_not_convert(parse), num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
 
 
-def embed(embedding: keras.Model, transform: tf.Module, file_patterns: list[str], path: str) -> Embeddings:
+def embed(embedding: keras.Model, transform: TransformGraph, file_patterns: list[str], path: str) -> Embeddings:
     """Runs every image through the frozen backbone, once, and keeps the result on disk.
 
     Args:
@@ -189,7 +191,10 @@ def embed(embedding: keras.Model, transform: tf.Module, file_patterns: list[str]
     Raises:
       ValueError: if there is no image, or a label is not in the class list.
     """
-    compute = tf.function(lambda images: embedding(images, training=False), reduce_retracing=True)
+    images_spec = tf.TensorSpec(embedding.input_shape, tf.float32)
+    compute = tf.function(lambda images: embedding(images, training=False), autograph=False).get_concrete_function(
+        images_spec
+    )
     labels = []
     started = reported = time.monotonic()
     num_images = 0

@@ -24,6 +24,9 @@ from pipeline.vertex import VertexConfig
 from preprocessing.images import PreprocessingConfig
 
 ENVIRONMENT_PREFIX = "TFX_VISION_"
+CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"  # the TOML file of a runner that gets no arguments
+DEBUG_VARIABLE = f"{ENVIRONMENT_PREFIX}DEBUG"
+_OWN_VARIABLES = (CONFIG_VARIABLE, DEBUG_VARIABLE)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Tests of the plumbing: a few dozen small images end to end in about 20 seconds on two cores; the gate is wide open.
@@ -116,7 +119,7 @@ def _from_file(path: str) -> dict[str, Any]:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OWN_VARIABLES:
             keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
             values = _merge(values, _nest(keys, _parse(text)))
     return values

@@ -7,6 +7,7 @@ evaluation and serving alike.
 from typing import Any
 
 import tensorflow as tf
+import tensorflow_transform as tft
 
 from data.features import IMAGE_KEY, LABEL_KEY, transformed_name
 from preprocessing.images import decode_images
@@ -23,13 +24,35 @@ def preprocessing_fn(inputs: dict[str, tf.Tensor], custom_config: dict[str, Any]
       `image_xf`: float32 [batch, image_size, image_size, 3], RGB in [0, 255]; `label_xf`: int64 [batch], in
       [0, num_classes), or -1 for a label that is not in the list.
     """
-    table = tf.lookup.StaticHashTable(
-        tf.lookup.KeyValueTensorInitializer(
-            tf.constant(custom_config["class_names"]), tf.range(len(custom_config["class_names"]), dtype=tf.int64)
-        ),
-        default_value=-1,
-    )
+    # Comparisons, not a lookup table: a graph without resources can be called and exported like any function.
+    is_class = tf.equal(inputs[LABEL_KEY][:, tf.newaxis], tf.constant(list(custom_config["class_names"])))
+    label = tf.where(tf.reduce_any(is_class, axis=1), tf.argmax(is_class, axis=1), tf.constant(-1, tf.int64))
     return {
         transformed_name(IMAGE_KEY): decode_images(inputs[IMAGE_KEY], image_size=custom_config["image_size"]),
-        transformed_name(LABEL_KEY): table.lookup(inputs[LABEL_KEY]),
+        transformed_name(LABEL_KEY): label,
     }
+
+
+class TransformGraph:
+    """The graph that the Transform component wrote, as one function for the image and one for the label.
+
+    Attributes:
+      images: string [batch] of encoded images -> float32 [batch, image_size, image_size, 3] in [0, 255].
+      labels: string [batch] -> int64 [batch], -1 for a label that is not in the class list.
+    """
+
+    def __init__(self, path: str):
+        """Loads the graph.
+
+        Args:
+          path: folder of the Transform component's `transform_graph`.
+        """
+        layer = tft.TFTransformOutput(path).transform_features_layer()
+
+        def function(key: str) -> tf.types.experimental.ConcreteFunction:
+            # AutoGraph would spend most of the trainer's start on the Keras 2 layer that TFT gives.
+            transform = tf.function(lambda value: layer({key: value})[transformed_name(key)], autograph=False)
+            return transform.get_concrete_function(tf.TensorSpec([None], tf.string))
+
+        self.images = function(IMAGE_KEY)
+        self.labels = function(LABEL_KEY)

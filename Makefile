@@ -1,0 +1,65 @@
+# `make` alone shows what there is.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+# TFX 1.21's wheels need glibc 2.38; on older systems 1.16 is the newest that installs.
+GLIBC := $(shell getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2)
+NEWEST := $(shell printf '2.38\n$(or $(GLIBC),0)\n' | sort -V | head -n1 | grep -qx 2.38 && echo 1.21 || echo 1.16)
+TFX ?= $(NEWEST)
+LOCK := requirements-tfx$(TFX).lock
+STAMP := $(VENV)/.installed-$(TFX)
+
+.PHONY: help setup run test lint format bench lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@echo "Options: PYTHON=python3.11, TFX=1.16 or 1.21 (here: $(TFX)), ARGS=\"--data photos/\" for run"
+
+setup: $(STAMP) ## make the environment in .venv from the lock (one to two minutes)
+
+run: setup ## take the default data set, or ARGS="--data PATH", from images to a pushed model
+	@$(BIN)/python local_runner.py $(ARGS)
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup ## mend style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup ## measure the whole run against a tutorial-style TFX pipeline (about 15 minutes)
+	@$(BIN)/python tests/benchmarks/whole_run.py $(ARGS)
+
+lock: ## resolve pyproject.toml anew into both locks
+	@test -x $(BIN)/uv || $(MAKE) setup
+	@for tfx in 1.16 1.21; do \
+	  platform=x86_64-manylinux_2_28; [ $$tfx = 1.21 ] && platform=x86_64-manylinux_2_39; \
+	  $(BIN)/uv pip compile --quiet pyproject.toml --extra tfx-$${tfx/./-} --group dev --python-version 3.11 \
+	    --python-platform $$platform --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
+	    --custom-compile-command "make lock" --output-file requirements-tfx$$tfx.lock || exit 1; \
+	done
+
+clean: ## remove the environment and the caches, but no run
+	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+
+$(STAMP): $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: Expected Python 3.11. Received: $$($(PYTHON) --version 2>&1). Install it, or set PYTHON=/path/to/python3.11." >&2; exit 2; }
+	@command -v g++ >/dev/null || { \
+	  echo "error: Expected g++, to build one package. Received: none. Install it (Debian: apt-get install g++ python3-dev)." >&2; exit 2; }
+	@echo "Setting up TFX $(TFX) in $(VENV) with $$($(PYTHON) --version) (glibc $(GLIBC); 1.21 needs 2.38)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing uv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -nE 's/^(uv==[^ ]+).*/\1/p' $(LOCK))"
+	@echo "Installing and compiling $$(grep -c '^[a-z].*==' $(LOCK)) packages from $(LOCK)"
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --compile-bytecode --require-hashes $(LOCK)
+	@rm -f $(VENV)/.installed-* && touch $@
+	@echo "Ready"

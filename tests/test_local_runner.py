@@ -1,0 +1,292 @@
+"""The whole pipeline on generated data: what runs, what is reused, what is refused."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import local_runner
+from data.features import SPLITS
+
+pytestmark = pytest.mark.end_to_end
+
+COMPONENTS = [
+    "ImportExampleGen",
+    "StatisticsGen",
+    "Schema",
+    "ExampleValidator",
+    "DataGate",
+    "Transform",
+    "Trainer",
+    "LatestBlessedModel",
+    "Evaluator",
+    "Pusher",
+]
+LOOKUPS = {"Schema", "LatestBlessedModel"}  # they ask the metadata store and have nothing to reuse
+ROOT = Path(local_runner.__file__).parent
+# Larger valid and test splits, so that a few dozen images judge a model fairly.
+SMOKE = ["--preset", "smoke", "--set", "data.valid_fraction=0.2", "--set", "data.test_fraction=0.3"]
+
+
+def run(workspace: Path, *arguments: str) -> tuple[int, dict]:
+    code = local_runner.main([*SMOKE, "--workspace", str(workspace), *arguments])
+    path = workspace / "run.json"
+    return code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def states(result: dict) -> dict[str, str]:
+    """Component -> `ran`, `reused` or its state."""
+    return {
+        step["name"]: ("reused" if step["cached"] else "ran") if step["state"] == "done" else step["state"]
+        for step in result["components"]
+        if step["name"] in COMPONENTS
+    }
+
+
+def pushed_versions(workspace: Path) -> list[str]:
+    folder = workspace / "serving_model"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture(scope="module")
+def images(make_images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def first_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict]:
+    workspace = tmp_path_factory.mktemp("runs") / "shapes"
+    return workspace, *run(workspace, "--data", str(images))
+
+
+@pytest.fixture
+def workspace(first_run: tuple[Path, int, dict], tmp_path: Path) -> Path:
+    """The first run's own folder, put back afterwards: the metadata store holds absolute paths."""
+    original = first_run[0]
+    backup = tmp_path / "backup"
+    shutil.copytree(original, backup)
+    yield original
+    shutil.rmtree(original)
+    shutil.copytree(backup, original)
+
+
+def test_first_run_executes_every_component_and_pushes(first_run) -> None:
+    workspace, code, result = first_run
+    assert code == 0
+    assert list(states(result)) and set(states(result)) == set(COMPONENTS)
+    assert all(state == "ran" for state in states(result).values())
+    assert result["blessed"] is True
+    assert result["reasons"] == []
+    assert result["pipeline"] == "shapes"
+    assert sum(result["counts"][split][label] for split in SPLITS for label in ("circle", "square")) == 80
+    for name in ("report.html", "run.log", "tfrecords/labels.txt"):
+        assert (workspace / name).stat().st_size > 0
+    assert pushed_versions(workspace) == [Path(result["pushed_model"]).name]
+
+
+def test_pushed_model_answers_with_the_class(first_run, images: Path) -> None:
+    _, _, result = first_run
+    serving = tf.saved_model.load(result["pushed_model"]).signatures["serving_default"]
+    paths = sorted((images / "circle").iterdir()) + sorted((images / "square").iterdir())
+    answer = serving(image_bytes=tf.constant([path.read_bytes() for path in paths]))
+    labels = [label.decode() for label in answer["label"].numpy()]
+    assert sum(label == path.parent.name for label, path in zip(labels, paths, strict=True)) / len(paths) > 0.85
+
+
+def test_metrics_are_those_of_the_pushed_model_on_the_test_split(first_run) -> None:
+    workspace, _, result = first_run
+    examples = tf.saved_model.load(result["pushed_model"]).signatures["examples"]
+    files = [str(path) for path in (workspace / "tfrecords").glob("test-*.gz")]
+    records = [record.numpy() for record in tf.data.TFRecordDataset(files, "GZIP")]
+    labels = [tf.train.Example.FromString(record).features.feature["label"].bytes_list.value[0] for record in records]
+    answers = examples(examples=tf.constant(records))["label"].numpy()
+    assert result["metrics"]["overall"]["example_count"] == len(records)
+    assert result["metrics"]["overall"]["accuracy"] == pytest.approx(sum(answers == labels) / len(records))
+
+
+def test_second_run_with_nothing_changed_reuses_everything(workspace: Path, images: Path) -> None:
+    before = pushed_versions(workspace)
+    code, result = run(workspace, "--data", str(images))
+    assert code == 0
+    assert {name for name, state in states(result).items() if state == "ran"} == LOOKUPS
+    assert pushed_versions(workspace) == before
+    assert Path(result["pushed_model"]).exists()
+
+
+def test_deleted_push_is_put_back_by_a_cached_run(workspace: Path, images: Path) -> None:
+    shutil.rmtree(workspace / "serving_model")
+    code, result = run(workspace, "--data", str(images))
+    assert code == 0
+    assert states(result)["Pusher"] == "reused"
+    assert (Path(result["pushed_model"]) / "saved_model.pb").exists()
+
+
+def test_training_setting_reruns_from_the_trainer(workspace: Path, images: Path) -> None:
+    code, result = run(workspace, "--data", str(images), "--set", "training.epochs=6")
+    assert code == 0
+    ran = {name for name, state in states(result).items() if state == "ran"}
+    assert ran - LOOKUPS == {"Trainer", "Evaluator", "Pusher"}
+    assert result["metrics"]["has_baseline"] is True
+    assert len(pushed_versions(workspace)) == 2
+
+
+def test_code_change_behind_run_fn_reruns_the_trainer(workspace: Path, images: Path, monkeypatch) -> None:
+    from data import fingerprint
+
+    parse = fingerprint._parse
+
+    def edited(module: str):
+        tree = parse(module)
+        if module == "models.trainer":
+            tree.body.append(type(tree.body[0])(value=tree.body[0].value))
+        return tree
+
+    monkeypatch.setattr(fingerprint, "_parse", edited)
+    code, result = run(workspace, "--data", str(images))
+    assert code == 0
+    ran = {name for name, state in states(result).items() if state == "ran"}
+    assert "Trainer" in ran
+    assert not ran & {"ImportExampleGen", "StatisticsGen", "ExampleValidator", "Transform"}
+
+
+def test_data_change_reruns_from_the_start(workspace: Path, images: Path, make_images, tmp_path: Path) -> None:
+    grown = shutil.copytree(images, tmp_path / images.name)
+    make_images(grown, num_per_class=44)
+    code, result = run(workspace, "--data", str(grown), "--set", "pipeline.name=shapes")
+    assert code in (0, 3)
+    ran = {name for name, state in states(result).items() if state == "ran"}
+    assert ran >= {"ImportExampleGen", "StatisticsGen", "ExampleValidator", "Transform", "Trainer", "Evaluator"}
+
+
+def test_shuffled_labels_are_refused_and_nothing_is_pushed(images: Path, tmp_path: Path, capfd) -> None:
+    paths = sorted(images.glob("*/*"))
+    labels = [path.parent.name for path in paths]
+    random.Random(1).shuffle(labels)
+    rows = "".join(f"{path},{label}\n" for path, label in zip(paths, labels, strict=True))
+    (tmp_path / "shuffled.csv").write_text(rows)
+    strict = ["--set", "evaluation.min_accuracy=0.8"]
+    code, result = run(tmp_path / "ws", "--data", str(tmp_path / "shuffled.csv"), *strict)
+    assert code == 3
+    assert result["blessed"] is False
+    assert result["pushed_model"] is None
+    assert pushed_versions(tmp_path / "ws") == []
+    assert any(
+        "accuracy over all test images is" in reason and "limit is 0.800" in reason for reason in result["reasons"]
+    )
+    assert "Not blessed" in capfd.readouterr().out
+    assert "Not blessed" in (tmp_path / "ws" / "report.html").read_text()
+
+
+def test_worse_model_than_the_blessed_one_is_refused(workspace: Path, images: Path, tmp_path: Path) -> None:
+    before = pushed_versions(workspace)
+    # Without ImageNet's weights the model is a guess, and absolute limits of zero would let it pass.
+    open_gate = [f"evaluation.min_{name}=0" for name in ("accuracy", "class_accuracy", "slice_accuracy")]
+    settings = [part for setting in [*open_gate, "model.weights=random"] for part in ("--set", setting)]
+    code, result = run(workspace, "--data", str(images), *settings)
+    assert code == 3
+    assert pushed_versions(workspace) == before
+    assert any("lower than the latest blessed model's" in reason for reason in result["reasons"])
+
+
+def test_data_gate_stops_records_that_disobey_the_schema(first_run, tmp_path: Path, capfd) -> None:
+    records = shutil.copytree(first_run[0] / "tfrecords", tmp_path / "records")
+    schema = records / "schema" / "schema.pbtxt"
+    schema.write_text(schema.read_text().replace('value: "square"', 'value: "triangle"'))
+    code, result = run(tmp_path / "ws", "--data", str(records))
+    assert code == 4
+    assert states(result)["DataGate"] == "failed"
+    assert states(result)["Trainer"] == "waiting"
+    assert "label" in capfd.readouterr().err
+
+
+def test_broken_images_are_quarantined_and_the_run_goes_on(make_images, tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "shapes")
+    (folder / "circle" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (folder / "square" / "empty.jpg").write_bytes(b"")
+    code, result = run(tmp_path / "ws", "--data", str(folder))
+    assert code == 0
+    assert result["counts"]["quarantined"] == 2
+    quarantine = json.loads((tmp_path / "ws" / "tfrecords" / "quarantine.json").read_text())
+    assert {Path(row["file"]).name for row in quarantine} == {"broken.png", "empty.jpg"}
+
+
+def test_extra_column_becomes_a_slice(images: Path, tmp_path: Path) -> None:
+    rows = ["path,label,camera"]
+    for index, path in enumerate(sorted(images.glob("*/*"))):
+        rows.append(f"{path},{path.parent.name},{'left' if index % 2 else 'right'}")
+    (tmp_path / "shapes.csv").write_text("\n".join(rows))
+    code, result = run(tmp_path / "ws", "--data", str(tmp_path / "shapes.csv"))
+    assert code == 0
+    slices = result["metrics"]["slices"]
+    assert {"camera=left", "camera=right", "camera=left, label=circle"} <= set(slices)
+    assert (
+        sum(slices[f"camera={side}"]["example_count"] for side in ("left", "right"))
+        == (result["metrics"]["overall"]["example_count"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "no/such/folder"], "which does not exist"),
+        (["--set", "training.epoch=3"], "Did you mean `training.epochs`"),
+        (["--set", "training.epochs=none"], "`training.epochs`"),
+        (["--set", "preprocessing.image_size=225"], "Use 224 or 256"),
+        (["--config", "no/such.toml"], "No such file"),
+        (["--preset", "huge"], "one of smoke, default"),
+    ],
+)
+def test_wrong_input_ends_in_one_clear_line(arguments: list[str], message: str, tmp_path: Path, capfd) -> None:
+    assert local_runner.main(["--workspace", str(tmp_path / "ws"), *arguments]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: Expected ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_empty_class_ends_in_one_clear_line(images: Path, tmp_path: Path, capfd) -> None:
+    folder = shutil.copytree(images, tmp_path / "shapes")
+    (folder / "hexagon").mkdir()
+    assert run(tmp_path / "ws", "--data", str(folder))[0] == 2
+    error = capfd.readouterr().err
+    assert "class 'hexagon' without any" in error
+    assert error.count("\n") == 1
+
+
+def test_second_run_at_once_is_kept_out(tmp_path: Path, capfd) -> None:
+    (tmp_path / "ws").mkdir()
+    with open(tmp_path / "ws" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(tmp_path / "ws", "--data", str(tmp_path))[0] == 1
+    assert "that is using it" in capfd.readouterr().err
+
+
+def test_command_line_prints_progress_and_nothing_of_tensorflow(images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "local_runner.py", *SMOKE, "--data", str(images), "--workspace", str(tmp_path / "ws")]
+    environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for name in COMPONENTS:
+        assert name in done.stdout
+    assert "Blessed" in done.stdout
+    assert "tensorflow" not in done.stdout.lower()
+
+
+def test_image_that_the_model_has_never_seen_keeps_its_split(first_run, images: Path, tmp_path: Path) -> None:
+    """Another order of the input and another folder give the same records in the same splits."""
+    from data.prepare import DataConfig, prepare
+
+    moved = shutil.copytree(images, tmp_path / "elsewhere")
+    report = prepare(DataConfig(input=str(moved), valid_fraction=0.2, test_fraction=0.3), str(tmp_path / "records"))
+    assert report["counts"] == {split: first_run[2]["counts"][split] for split in SPLITS}
+    with Image.open(next(moved.glob("*/*"))) as image:
+        assert image.size == (72, 72)
