@@ -105,4 +105,3 @@ def export(classifier: ImageClassifier, path: str) -> None:
       path: folder of the SavedModel; local or gs://.
     """
     tf.saved_model.save(classifier, path, signatures=classifier.signatures())
-

@@ -4,11 +4,14 @@ The backbone is frozen, so an image's embedding never changes: 2,600 images take
 which an epoch of the head takes a fraction of a second, where a plain training loop runs the backbone in every epoch.
 """
 
+import dataclasses
+import itertools
 import json
 import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -16,8 +19,16 @@ import numpy as np
 import pydantic
 import tensorflow as tf
 
-from data.features import IMAGE_KEY, LABEL_KEY
-from models.classifier import ModelConfig, build_embedding, build_head, class_weights, join
+from data.features import IMAGE_KEY, LABEL_KEY, TRAIN_SPLIT, VALID_SPLIT
+from models.classifier import (
+    ModelConfig,
+    Projection,
+    build_head,
+    build_statistics,
+    class_weights,
+    fit_projection,
+    join,
+)
 from models.devices import DeviceConfig, configure_devices
 from models.signatures import ImageClassifier, export
 from preprocessing.images import NUM_CHANNELS, PreprocessingConfig
@@ -28,6 +39,7 @@ logger = logging.getLogger("tfx_vision")
 HISTORY_FILE = "history.json"
 _EMBEDDING_BATCH_SIZE = 32
 _REPORT_SECONDS = 2.0
+_PROJECTION_SAMPLE = 2048  # images; bounds the memory that the projection takes
 
 
 class TrainingConfig(pydantic.BaseModel):
@@ -40,7 +52,8 @@ class TrainingConfig(pydantic.BaseModel):
       learning_rate: of AdamW, at its start; it falls to zero along a cosine.
       weight_decay: of AdamW.
       label_smoothing: share of the target spread over all classes, in [0, 1).
-      balance_classes: weigh each class by the inverse of its frequency.
+      mixup: strength of mixup between embeddings, the parameter of its Beta distribution; 0 for none.
+      class_balance: 0 weighs every image alike, 1 every class; between, a power of the inverse frequency.
       seed: of the initialization, dropout and the order of the images.
     """
 
@@ -51,8 +64,9 @@ class TrainingConfig(pydantic.BaseModel):
     batch_size: int = pydantic.Field(64, ge=1)
     learning_rate: float = pydantic.Field(1e-3, gt=0)
     weight_decay: float = pydantic.Field(1e-2, ge=0)
-    label_smoothing: float = pydantic.Field(0.0, ge=0, lt=1)
-    balance_classes: bool = True
+    label_smoothing: float = pydantic.Field(0.1, ge=0, lt=1)
+    mixup: float = pydantic.Field(0.2, ge=0)
+    class_balance: float = pydantic.Field(0.5, ge=0, le=1)
     seed: int = pydantic.Field(0, ge=0)
 
 
@@ -81,39 +95,40 @@ class TrainerConfig(pydantic.BaseModel):
 CONFIG_KEY = "trainer"
 
 
+@dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of one split, on disk: memory does not grow with the number of images.
+    """The projected statistics of one split, on disk: memory does not grow with the number of images.
 
     Attributes:
-      features: float32 [num_images, num_features], mapped from its file.
+      features: float32 [num_images, num_components], mapped from its file.
       labels: int64 [num_images].
     """
 
-    def __init__(self, path: str, num_features: int, labels: np.ndarray):
-        self.labels = labels
-        self.features = np.memmap(path, np.float32, mode="r", shape=(len(labels), num_features))
-
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns mean and variance of each feature, float64 [num_features]."""
-        total = np.zeros(self.features.shape[1])
-        squares = np.zeros(self.features.shape[1])
-        for start in range(0, len(self.labels), 1024):
-            chunk = self.features[start : start + 1024].astype(np.float64)
-            total += chunk.sum(axis=0)
-            squares += np.square(chunk).sum(axis=0)
-        mean = total / len(self.labels)
-        return mean, np.maximum(squares / len(self.labels) - np.square(mean), 0.0)
+    features: np.ndarray
+    labels: np.ndarray
 
 
 class _Batches(keras.utils.PyDataset):
-    """Batches of embeddings with one-hot labels and weights, in a new order every epoch where a seed is given."""
+    """Batches of embeddings, soft targets and weights; shuffled and mixed where a random generator is given.
 
-    def __init__(self, embeddings: Embeddings, weights: list[float], batch_size: int, seed: int | None = None):
+    Source of mixup: Zhang et al., https://arxiv.org/abs/1710.09412
+    """
+
+    def __init__(
+        self,
+        embeddings: Embeddings,
+        weights: list[float],
+        batch_size: int,
+        *,
+        mixup: float = 0.0,
+        random: np.random.Generator | None = None,
+    ) -> None:
         super().__init__()
         self._embeddings = embeddings
         self._weights = np.asarray(weights, np.float32)
         self._batch_size = batch_size
-        self._random = None if seed is None else np.random.default_rng(seed)
+        self._mixup = mixup
+        self._random = random
         self._order = np.arange(len(embeddings.labels))
         self.on_epoch_end()
 
@@ -123,8 +138,20 @@ class _Batches(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = np.sort(self._order[index * self._batch_size : (index + 1) * self._batch_size])
         labels = self._embeddings.labels[rows]
-        targets = np.eye(len(self._weights), dtype=np.float32)[labels]
-        return self._embeddings.features[rows], targets, self._weights[labels]
+        batch = (
+            np.asarray(self._embeddings.features[rows]),
+            np.eye(len(self._weights), dtype=np.float32)[labels],
+            self._weights[labels],
+        )
+        if self._random is None or not self._mixup:
+            return batch
+        share = self._random.beta(self._mixup, self._mixup, len(rows)).astype(np.float32)
+        partner = self._random.permutation(len(rows))
+        mixed = []
+        for values in batch:
+            shares = share.reshape(-1, *[1] * (values.ndim - 1))
+            mixed.append(shares * values + (1 - shares) * values[partner])
+        return tuple(mixed)
 
     def on_epoch_end(self) -> None:
         if self._random is not None:
@@ -142,15 +169,24 @@ def run_fn(fn_args: Any) -> None:
     device = configure_devices(config.devices)
     transform = TransformGraph(fn_args.transform_graph_path)
     with tf.device(device), tempfile.TemporaryDirectory() as folder:
-        embedding = build_embedding(config.model, image_size=config.preprocessing.image_size)
-        train = embed(embedding, transform, fn_args.train_files, os.path.join(folder, "train"))
-        valid = embed(embedding, transform, fn_args.eval_files, os.path.join(folder, "valid"))
+        statistics = build_statistics(config.model, image_size=config.preprocessing.image_size)
+        train_statistics = compute_statistics(statistics, transform, fn_args.train_files, split=TRAIN_SPLIT)
+        valid_statistics = compute_statistics(statistics, transform, fn_args.eval_files, split=VALID_SPLIT)
+        # The records are in the order of a hash, so the first of them are a fair sample.
+        sample = list(_take_images(train_statistics, _PROJECTION_SAMPLE))
+        logger.info("fitting the projection")
+        projection = fit_projection(
+            np.concatenate([batch for batch, _ in sample]), num_components=config.model.num_components
+        )
+        train = write_embeddings(os.path.join(folder, "train"), itertools.chain(sample, train_statistics), projection)
+        valid = write_embeddings(os.path.join(folder, "valid"), valid_statistics, projection)
         head, history = train_head(config, train, valid)
     tf.io.gfile.makedirs(fn_args.model_run_dir)
     with tf.io.gfile.GFile(os.path.join(fn_args.model_run_dir, HISTORY_FILE), "w") as file:
         json.dump(history, file)
     logger.info("exporting the model")
-    export(ImageClassifier(join(embedding, head), transform, config.class_names), fn_args.serving_model_dir)
+    network = join(statistics, projection, head)
+    export(ImageClassifier(network, transform, config.class_names), fn_args.serving_model_dir)
 
 
 def read_images(transform: TransformGraph, file_patterns: list[str]) -> tf.data.Dataset:
@@ -179,43 +215,69 @@ def read_images(transform: TransformGraph, file_patterns: list[str]) -> tf.data.
     )
 
 
-def embed(embedding: keras.Model, transform: TransformGraph, file_patterns: list[str], path: str) -> Embeddings:
-    """Runs every image through the frozen backbone, once, and keeps the result on disk.
+def compute_statistics(
+    statistics: keras.Model, transform: TransformGraph, file_patterns: list[str], *, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Runs every image through the frozen backbone, once.
 
     Args:
-      embedding: image -> features.
+      statistics: image -> statistics.
       transform: the Transform graph.
       file_patterns: patterns of gzipped TFRecord files.
-      path: file to write.
+      split: its name, for the log.
+
+    Yields:
+      float32 [batch, num_statistics] and int64 labels [batch].
 
     Raises:
       ValueError: if there is no image, or a label is not in the class list.
     """
-    images_spec = tf.TensorSpec(embedding.input_shape, tf.float32)
-    compute = tf.function(lambda images: embedding(images, training=False), autograph=False).get_concrete_function(
-        images_spec
-    )
-    labels = []
+    images_spec = tf.TensorSpec(statistics.input_shape, tf.float32)
+    compute = tf.function(lambda images: statistics(images, training=False), autograph=False)
+    compute = compute.get_concrete_function(images_spec)
     started = reported = time.monotonic()
     num_images = 0
-    with open(path, "wb") as file:
-        for images, batch_labels in read_images(transform, file_patterns):
-            file.write(compute(images).numpy().astype(np.float32).tobytes())
-            labels.append(batch_labels.numpy())
-            num_images += len(labels[-1])
-            now = time.monotonic()
-            if now - reported > _REPORT_SECONDS:
-                rate = num_images / (now - started)
-                logger.info("embedded %s %s images, %.0f images/s", f"{num_images:,}", os.path.basename(path), rate)
-                reported = now
-    if not labels:
+    for images, labels in read_images(transform, file_patterns):
+        if tf.reduce_min(labels) < 0:
+            raise ValueError(
+                "Expected labels of labels.txt only. Received: a record with another one. Prepare the data anew."
+            )
+        yield compute(images).numpy(), labels.numpy()
+        num_images += len(labels)
+        now = time.monotonic()
+        if now - reported > _REPORT_SECONDS:
+            rate = num_images / (now - started)
+            logger.info("embedded %s %s images, %.0f images/s", f"{num_images:,}", split, rate)
+            reported = now
+    if not num_images:
         raise ValueError(f"Expected images in {', '.join(file_patterns)}. Received: none.")
+
+
+def _take_images(
+    batches: Iterator[tuple[np.ndarray, np.ndarray]], num_images: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Takes batches off an iterator until they hold enough images."""
+    taken = 0
+    while taken < num_images and (batch := next(batches, None)) is not None:
+        yield batch
+        taken += len(batch[1])
+
+
+def write_embeddings(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], projection: Projection) -> Embeddings:
+    """Projects statistics and keeps them on disk.
+
+    Args:
+      path: file to write.
+      batches: float32 [batch, num_statistics] and int64 labels [batch].
+      projection: of the statistics.
+    """
+    labels = []
+    with open(path, "wb") as file:
+        for statistics, batch_labels in batches:
+            file.write(projection(statistics).astype(np.float32).tobytes())
+            labels.append(batch_labels)
     all_labels = np.concatenate(labels)
-    if all_labels.min() < 0:
-        raise ValueError(
-            "Expected labels of labels.txt only. Received: a record with another one. Prepare the data anew."
-        )
-    return Embeddings(path, embedding.output_shape[-1], all_labels)
+    return Embeddings(np.memmap(path, np.float32, mode="r", shape=(len(all_labels), len(projection.bias))), all_labels)
 
 
 def train_head(config: TrainerConfig, train: Embeddings, valid: Embeddings) -> tuple[keras.Model, dict[str, list]]:
@@ -229,11 +291,11 @@ def train_head(config: TrainerConfig, train: Embeddings, valid: Embeddings) -> t
     """
     settings = config.training
     num_classes = len(config.class_names)
-    mean, variance = train.moments()
-    head = build_head(config.model, mean=mean, variance=variance, num_classes=num_classes)
+    head = build_head(config.model, num_components=train.features.shape[1], num_classes=num_classes)
     counts = np.bincount(train.labels, minlength=num_classes)
-    weights = class_weights(counts.tolist()) if settings.balance_classes else [1.0] * num_classes
-    train_batches = _Batches(train, weights, settings.batch_size, settings.seed)
+    weights = class_weights(counts.tolist(), balance=settings.class_balance)
+    random = np.random.default_rng(settings.seed)
+    train_batches = _Batches(train, weights, settings.batch_size, mixup=settings.mixup, random=random)
     schedule = keras.optimizers.schedules.CosineDecay(settings.learning_rate, settings.epochs * len(train_batches))
     head.compile(
         optimizer=keras.optimizers.AdamW(schedule, weight_decay=settings.weight_decay),
@@ -241,7 +303,9 @@ def train_head(config: TrainerConfig, train: Embeddings, valid: Embeddings) -> t
         metrics=["accuracy"],
         jit_compile=False,  # XLA on a CPU is many times slower
     )
-    logger.info("training the head on %s embeddings of %d features", f"{len(train.labels):,}", len(mean))
+    logger.info(
+        "training the head on %s embeddings of %d components", f"{len(train.labels):,}", train.features.shape[1]
+    )
     history = head.fit(
         train_batches,
         validation_data=_Batches(valid, weights, settings.batch_size),

@@ -11,7 +11,7 @@ import tensorflow as tf
 from conftest import CLASS_NAMES, TRANSFORM_IMAGE_SIZE
 
 from data.features import make_example
-from models.classifier import ModelConfig, build_embedding, build_head, join
+from models.classifier import ModelConfig, build_head, build_statistics, fit_projection, join
 from models.signatures import ImageClassifier, export
 from preprocessing.images import decode_images
 from preprocessing.transform import TransformGraph
@@ -30,13 +30,12 @@ json.dump({"ours": ours, "probabilities": answer["probabilities"].numpy().tolist
 @pytest.fixture(scope="module")
 def classifier() -> keras.Model:
     """A classifier with a random head, whose answers differ from image to image."""
-    config = ModelConfig(num_feature_maps=1)
-    embedding = build_embedding(config, image_size=TRANSFORM_IMAGE_SIZE)
-    num_features = embedding.output_shape[-1]
-    head = build_head(config, mean=np.zeros(num_features), variance=np.ones(num_features), num_classes=2)
-    for weight in head.trainable_weights:
-        weight.assign(np.random.default_rng(0).normal(scale=0.05, size=weight.shape))
-    return join(embedding, head)
+    config = ModelConfig(num_feature_maps=1, hidden_units=0)
+    keras.utils.set_random_seed(0)
+    statistics = build_statistics(config, image_size=TRANSFORM_IMAGE_SIZE)
+    noise = np.random.default_rng(0).uniform(0, 255, (8, TRANSFORM_IMAGE_SIZE, TRANSFORM_IMAGE_SIZE, 3))
+    projection = fit_projection(np.asarray(statistics([noise.astype(np.float32)], training=False)), num_components=4)
+    return join(statistics, projection, build_head(config, num_components=4, num_classes=2))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_serving_default_answers_like_the_network_in_training(signatures, classi
     answer = signatures["serving_default"](image_bytes=tf.constant(encoded))
 
     images = decode_images(tf.constant(encoded), image_size=TRANSFORM_IMAGE_SIZE)
-    expected = np.asarray(classifier(images, training=False))
+    expected = np.asarray(classifier([images], training=False))
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
     assert np.ptp(expected[:, 0]) > 0.01
 
