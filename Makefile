@@ -25,7 +25,7 @@ run: setup ## take the default data set, or ARGS="--data PATH", from images to a
 	@$(BIN)/python local_runner.py $(ARGS)
 
 test: setup ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## check style
 	@$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from data.errors import EXIT_DONE, InputError, report_error
-from pipeline.config import CONFIG_VARIABLE, DEBUG_VARIABLE, load_config
+from pipeline.config import CONFIG_VARIABLE, DEBUG_VARIABLE, Config, load_config
 
 OUTPUT_FILE = "pipeline.json"
 
@@ -32,7 +32,7 @@ def main() -> int:
     return EXIT_DONE
 
 
-def _compile(config) -> None:  # noqa: ANN001 (its type is loaded with TensorFlow, after the settings are checked)
+def _compile(config: Config) -> None:
     from tfx.orchestration.kubeflow.v2.kubeflow_v2_dag_runner import (
         KubeflowV2DagRunner,
         KubeflowV2DagRunnerConfig,

@@ -37,7 +37,7 @@ from data.features import (
     make_schema,
 )
 from data.fingerprint import code_fingerprint
-from data.sources import ELPV, ImageReference, Source, open_source, read_lines
+from data.sources import ELPV, ImageReference, Source, is_prepared, open_source, read_lines
 
 REPORT_FILE = "report.json"
 QUARANTINE_FILE = "quarantine.json"
@@ -58,7 +58,7 @@ class DataConfig(pydantic.BaseModel):
       class_names: the ordered class list, for compiling a pipeline whose records cannot be read from here.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     input: str = ELPV
     valid_fraction: float = pydantic.Field(0.1, gt=0, lt=1)
@@ -89,9 +89,7 @@ class _Record:
     serialized: bytes
 
 
-def prepare(
-    config: DataConfig, output: str, *, beam_args: Sequence[str] = (), overwrite: bool = False
-) -> dict[str, Any]:
+def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
     """Writes the records of `config.input` to a folder, or keeps the ones there if nothing changed.
 
     Args:
@@ -112,13 +110,10 @@ def prepare(
     source = open_source(config.input)
     fingerprint = _fingerprint(config, source)
     previous = read_report(output)
-    if previous and previous["fingerprint"] == fingerprint:
+    is_complete = previous and all(tf.io.gfile.exists(os.path.join(output, name)) for name in previous["shards"])
+    if is_complete and previous["fingerprint"] == fingerprint:
         return previous | {"reused": True}
-    if tf.io.gfile.exists(output) and not overwrite:
-        raise InputError(
-            f"Expected `--output` to be a folder that does not exist yet. Received: {output!r}. "
-            "Name another one, or replace its records with --overwrite."
-        )
+    _check_output(config, output, previous, overwrite=overwrite)
     temporary = f"{output}.tmp-{os.getpid()}"
     if tf.io.gfile.exists(temporary):
         tf.io.gfile.rmtree(temporary)
@@ -126,7 +121,7 @@ def prepare(
     try:
         report = _run(config, source, temporary, list(beam_args)) | {"fingerprint": fingerprint}
         _write_json(os.path.join(temporary, REPORT_FILE), report)
-        if previous and previous["shards"] == report["shards"]:
+        if is_complete and previous["shards"] == report["shards"]:
             # The same records: the old files stay, so that nothing behind them in the pipeline has to run again.
             for name in (LABELS_FILE, os.path.join(SCHEMA_FOLDER, SCHEMA_FILE), QUARANTINE_FILE, REPORT_FILE):
                 tf.io.gfile.rename(os.path.join(temporary, name), os.path.join(output, name), overwrite=True)
@@ -143,8 +138,13 @@ def read_report(folder: str) -> dict[str, Any] | None:
     path = os.path.join(folder, REPORT_FILE)
     if not tf.io.gfile.exists(path):
         return None
-    with tf.io.gfile.GFile(path) as file:
-        return json.load(file)
+    try:
+        with tf.io.gfile.GFile(path) as file:
+            report = json.load(file)
+    except json.JSONDecodeError:
+        report = None
+    # Another program's file of that name is no report of ours.
+    return report if isinstance(report, dict) and {"fingerprint", "shards"} <= set(report) else None
 
 
 def read_class_names(folder: str) -> tuple[str, ...]:
@@ -272,7 +272,14 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
                 ReadImage.QUARANTINE, main="records"
             )
         )
+        straddling = (
+            read.records
+            | "Pair content with split" >> beam.Map(lambda record: (record.digest, (record.split, record.path)))
+            | "Group by content" >> beam.GroupByKey()
+            | "Keep what straddles splits" >> beam.FlatMap(_straddling)
+        )
         for name, lines in (
+            ("straddling", straddling),
             (
                 "shards",
                 read.records
@@ -290,7 +297,15 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
 
     shards = sorted(_read_results(results, "shards"), key=lambda shard: shard["file"])
     quarantine = sorted(_read_results(results, "quarantine"), key=lambda row: (row["file"], row["line"] or 0))
+    straddling = sorted(_read_results(results, "straddling"), key=str)
     tf.io.gfile.rmtree(results)
+    if straddling:
+        raise InputError(
+            "Expected every image in one split. Received: "
+            + " and ".join(f"{path} in {split}" for split, path in straddling[0])
+            + f", the same image{f' (and {len(straddling) - 1} more)' if len(straddling) > 1 else ''}. "
+            "A model would be tested on what it was trained on: mend the split column."
+        )
     counts = {split: dict.fromkeys(source.class_names, 0) for split in SPLITS}
     duplicates = []
     for shard in shards:
@@ -320,6 +335,29 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
         "duplicates": duplicates,
         "shards": {shard["file"]: shard["sha256"] for shard in shards},
     }
+
+
+def _straddling(keyed: tuple[str, Iterable[tuple[str, str]]]) -> Iterator[list[tuple[str, str]]]:
+    """Yields one (split, path) for each split of an image that the user put into several."""
+    by_split = dict(sorted(keyed[1], reverse=True))
+    if len(by_split) > 1:
+        yield sorted(by_split.items())
+
+
+def _check_output(config: DataConfig, output: str, previous: dict[str, Any] | None, *, overwrite: bool) -> None:
+    """Refuses to write where something would be lost."""
+    if not tf.io.gfile.exists(output) or (tf.io.gfile.isdir(output) and not tf.io.gfile.listdir(output)):
+        return
+    if not overwrite:
+        raise InputError(
+            f"Expected `--output` to be a folder that does not exist yet. Received: {output!r}. "
+            "Name another one, or replace its records with --overwrite."
+        )
+    if previous is None and not is_prepared(output):
+        raise InputError(
+            f"Expected to overwrite records that data.prepare wrote. Received: {output!r}, which holds something else. "
+            "Name another folder."
+        )
 
 
 def _num_shards(config: DataConfig, source: Source) -> dict[str, int]:
@@ -365,7 +403,7 @@ def _check_counts(config: DataConfig, counts: dict[str, dict[str, int]]) -> None
 def _fingerprint(config: DataConfig, source: Source) -> str:
     """Fingerprints the listed images (local ones with size and time of change), the settings and this code."""
     digest = hashlib.sha256(code_fingerprint(__spec__.name if __name__ == "__main__" else __name__).encode())
-    settings = config.model_dump(exclude={"max_quarantined_fraction", "slice_columns", "class_names"})
+    settings = config.model_dump(exclude={"slice_columns", "class_names"})
     digest.update(json.dumps([settings, source.class_names, source.columns]).encode())
     for reference in source.references:
         digest.update(repr(reference).encode("utf-8", "surrogateescape"))

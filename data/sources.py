@@ -19,7 +19,6 @@ from data.features import LABELS_FILE, RECORD_KEYS, SPLITS, TRAIN_SPLIT
 ELPV = "elpv"
 ELPV_CLASS_NAMES = ("functional", "defective")
 ELPV_DEFECT_PROBABILITY = 0.5
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _CLASS_FILES = (LABELS_FILE, "dict.txt")  # the second is the original system's name
 
 
@@ -82,6 +81,7 @@ def open_source(location: str) -> Source:
             f"Received: {location!r}, which does not exist. Check the path (it is relative to {os.getcwd()})."
         )
     source = _folders(location) if tf.io.gfile.isdir(location) else _csv(location)
+    _check_class_names(source.class_names, location)
     if len(source.class_names) < 2:
         raise InputError(
             f"Expected at least two classes in {location}. Received: {list(source.class_names)}. "
@@ -92,7 +92,7 @@ def open_source(location: str) -> Source:
         if name not in listed:
             raise InputError(
                 f"Expected images in every class of {location}. Received: class {name!r} without any. "
-                f"Add images ({', '.join(IMAGE_SUFFIXES)}) or remove the class."
+                "Add images or remove the class."
             )
     return source
 
@@ -106,11 +106,13 @@ def _folders(root: str) -> Source:
             f"Expected {root} to have one folder per class. Received: no folder in it. "
             "Put the images of each class into a folder of its own, or give a CSV of path,label."
         )
+    # Every file, whatever its suffix: what is no image is quarantined, not passed over in silence.
     references = tuple(
-        ImageReference(path=os.path.join(root, label, name), label=label)
+        ImageReference(path=os.path.join(folder, name), label=label)
         for label in folders
-        for name in sorted(tf.io.gfile.listdir(os.path.join(root, label)))
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        for folder, _, names in sorted(tf.io.gfile.walk(os.path.join(root, label)))
+        for name in sorted(names)
+        if not name.startswith(".")
     )
     return Source(_read_class_names(root) or tuple(folders), (), references)
 
@@ -149,18 +151,28 @@ def _csv(path: str) -> Source:
     return Source(class_names, columns, tuple(references))
 
 
+def _check_class_names(class_names: tuple[str, ...], location: str) -> None:
+    """Refuses names that labels.txt, a line each, could not give back."""
+    for index, name in enumerate(class_names):
+        if not name or name != name.strip() or len(name.splitlines()) != 1 or name in class_names[:index]:
+            raise InputError(
+                f"Expected the classes of {location} to have different names without spaces around them. "
+                f"Received: {name!r}. Rename it, or give each row of the CSV its label."
+            )
+
+
 def _csv_header(first_row: list[str], path: str) -> tuple[list[str], bool]:
     names = [cell.strip().lower() for cell in first_row]
     if "path" in names and "label" in names:
         names = [n if n in ("path", "label", "split") else c.strip() for n, c in zip(names, first_row, strict=True)]
-        clash = [name for name in names if name in RECORD_KEYS and name != "label"]
+        clash = [name for name in names if not name or (name in RECORD_KEYS and name != "label")]
         if clash or len(set(names)) != len(names):
             raise InputError(
                 f"Expected the columns of {path} to have names of their own. Received: {','.join(first_row)}. "
-                f"Rename what repeats or is one of {', '.join(RECORD_KEYS)}."
+                f"Rename what is empty, repeats or is one of {', '.join(RECORD_KEYS)}."
             )
         return names, True
-    if len(names) > 3 or len(names) < 2:
+    if len(names) > 3 or len(names) < 2 or "label" in names:
         raise InputError(
             f"Expected {path} to begin with a header that names `path` and `label`, or to have the columns "
             f"path,label[,split]. Received: {','.join(first_row)[:80]!r}."
@@ -172,8 +184,7 @@ def _csv_reference(row: dict[str, str], folder: str, csv_path: str, line: int) -
     split = row.get("split", "").strip() or None
     if split is not None and split not in SPLITS:
         raise InputError(
-            f"Expected the split in {csv_path}, line {line}, to be empty or one of {', '.join(SPLITS)}. "
-            f"Received: {split!r}."
+            f"Expected the split in {csv_path}, line {line}, to be empty or one of {', '.join(SPLITS)}. Received: {split!r}."
         )
     is_absolute = "://" in row["path"] or os.path.isabs(row["path"])
     return ImageReference(

@@ -95,14 +95,14 @@ def build_statistics(config: ModelConfig, *, image_size: int) -> keras.Model:
     network.trainable = False
     num_left_out = len(network.outputs) - config.num_feature_maps
     pooled = [
-        StatisticsPooling(
-            covariance=config.covariance and index in backbone.covariance_maps, name=f"feature_map{index}_pool"
-        )(feature_map)
+        StatisticsPooling(covariance=config.covariance and index in backbone.covariance_maps, name=f"feature_map{index}_pool")(
+            feature_map
+        )
         for index, feature_map in enumerate(network.outputs)
         if index >= num_left_out
     ]
     statistics = keras.layers.Concatenate(dtype="float32", name="statistics")(pooled)
-    return keras.Model(network.inputs, statistics, name="statistics")
+    return keras.Model(network.inputs[0], statistics, name="statistics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def join(statistics: keras.Model, projection: Projection, head: keras.Model) -> 
     logits = head(project(statistics.output))
     project.set_weights([projection.kernel, projection.bias])
     probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
-    return keras.Model(statistics.inputs, probabilities, name="classifier")
+    return keras.Model(statistics.inputs[0], probabilities, name="classifier")
 
 
 def class_weights(label_counts: Sequence[int], *, balance: float) -> list[float]:

@@ -50,9 +50,7 @@ def efficientnet_lite0(*, image_size: int, fold_batch_norm: bool = False) -> ker
         return keras.layers.BatchNormalization(epsilon=BATCH_NORM_EPSILON, name=name)(x)
 
     def conv(x: keras.KerasTensor, filters: int, kernel: int, stride: int, name: str) -> keras.KerasTensor:
-        return keras.layers.Conv2D(
-            filters, kernel, strides=stride, padding="same", use_bias=fold_batch_norm, name=name
-        )(x)
+        return keras.layers.Conv2D(filters, kernel, strides=stride, padding="same", use_bias=fold_batch_norm, name=name)(x)
 
     image = keras.Input((image_size, image_size, 3), name="image")
     x = keras.layers.Rescaling(1 / 128, offset=-127 / 128, name="rescaling")(image)
@@ -124,9 +122,7 @@ def _layer_names(names: set[str]) -> list[tuple[str, str, str]]:
     return pairs
 
 
-def _fold(
-    kernel: np.ndarray, gamma: np.ndarray, beta: np.ndarray, mean: np.ndarray, variance: np.ndarray
-) -> list[np.ndarray]:
+def _fold(kernel: np.ndarray, gamma: np.ndarray, beta: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> list[np.ndarray]:
     """Folds BatchNormalization at inference into the convolution before it: gamma * (k * x - mean) / std + beta."""
     scale = gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
     is_depthwise = kernel.shape[-1] == 1

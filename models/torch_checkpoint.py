@@ -49,7 +49,7 @@ class _Tensor:
             )
         strides = [s * self.storage.dtype.itemsize for s in self.stride]
         view = np.lib.stride_tricks.as_strided(self.storage.values[self.offset :], self.size, strides)
-        return np.ascontiguousarray(view)
+        return view.copy()
 
 
 class _StateDictUnpickler(pickle.Unpickler):
@@ -111,5 +111,8 @@ def read_state_dict(path: str | Path, *, sha256: str) -> dict[str, np.ndarray]:
                 raise ValueError(
                     f"Expected {storage.num_elements} values in storage {key} of {path}. Received: {num_elements}."
                 )
-            storage.values = np.frombuffer(file.read(num_elements * storage.dtype.itemsize), storage.dtype)
+            content = file.read(num_elements * storage.dtype.itemsize)
+            if len(content) != num_elements * storage.dtype.itemsize:
+                raise ValueError(f"Expected {num_elements} values in storage {key} of {path}. Received: a file cut short.")
+            storage.values = np.frombuffer(content, storage.dtype)
     return {name: tensor.to_numpy() for name, tensor in tensors.items()}

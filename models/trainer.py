@@ -175,9 +175,7 @@ def run_fn(fn_args: Any) -> None:
         # The records are in the order of a hash, so the first of them are a fair sample.
         sample = list(_take_images(train_statistics, _PROJECTION_SAMPLE))
         logger.info("fitting the projection")
-        projection = fit_projection(
-            np.concatenate([batch for batch, _ in sample]), num_components=config.model.num_components
-        )
+        projection = fit_projection(np.concatenate([batch for batch, _ in sample]), num_components=config.model.num_components)
         train = write_embeddings(os.path.join(folder, "train"), itertools.chain(sample, train_statistics), projection)
         valid = write_embeddings(os.path.join(folder, "valid"), valid_statistics, projection)
         head, history = train_head(config, train, valid)
@@ -239,9 +237,7 @@ def compute_statistics(
     num_images = 0
     for images, labels in read_images(transform, file_patterns):
         if tf.reduce_min(labels) < 0:
-            raise ValueError(
-                "Expected labels of labels.txt only. Received: a record with another one. Prepare the data anew."
-            )
+            raise ValueError("Expected labels of labels.txt only. Received: a record with another one. Prepare the data anew.")
         yield compute(images).numpy(), labels.numpy()
         num_images += len(labels)
         now = time.monotonic()
@@ -253,9 +249,7 @@ def compute_statistics(
         raise ValueError(f"Expected images in {', '.join(file_patterns)}. Received: none.")
 
 
-def _take_images(
-    batches: Iterator[tuple[np.ndarray, np.ndarray]], num_images: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _take_images(batches: Iterator[tuple[np.ndarray, np.ndarray]], num_images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Takes batches off an iterator until they hold enough images."""
     taken = 0
     while taken < num_images and (batch := next(batches, None)) is not None:
@@ -303,9 +297,7 @@ def train_head(config: TrainerConfig, train: Embeddings, valid: Embeddings) -> t
         metrics=["accuracy"],
         jit_compile=False,  # XLA on a CPU is many times slower
     )
-    logger.info(
-        "training the head on %s embeddings of %d components", f"{len(train.labels):,}", train.features.shape[1]
-    )
+    logger.info("training the head on %s embeddings of %d components", f"{len(train.labels):,}", train.features.shape[1])
     history = head.fit(
         train_batches,
         validation_data=_Batches(valid, weights, settings.batch_size),

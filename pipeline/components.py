@@ -68,9 +68,7 @@ class LatestOtherBlessedModelStrategy(ResolverStrategy):
         candidates = {artifact.id for artifact in input_dict["candidate"]}
         baseline_id = max(blessings, key=lambda model_id: blessings[model_id].id, default=None)
         if baseline_id in candidates:
-            baseline_id = blessings[baseline_id].get_int_custom_property(
-                constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY
-            )
+            baseline_id = blessings[baseline_id].get_int_custom_property(constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY)
         if baseline_id not in blessings:
             return {"model": [], "model_blessing": [], "candidate": input_dict["candidate"]}
         return {

@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Tests of the plumbing: a few dozen small images end to end in about 20 seconds on two cores; the gate is wide open.
     "smoke": {
         "preprocessing": {"image_size": 64},
-        "training": {"epochs": 5, "batch_size": 16},
+        "training": {"epochs": 30, "batch_size": 16},
         "evaluation": {"min_accuracy": 0.6, "min_class_accuracy": 0.3, "min_slice_accuracy": 0.3},
     },
     # Transfer learning on the frozen backbone: about a minute for 2,600 images on two cores; README has the accuracies.
@@ -48,7 +48,7 @@ class PipelineConfig(pydantic.BaseModel):
       cache: reuse a component's result where nothing that it depends on has changed.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     name: str = pydantic.Field("", pattern=r"^([a-z0-9][a-z0-9-]{0,127})?$")
     cache: bool = True
@@ -57,7 +57,7 @@ class PipelineConfig(pydantic.BaseModel):
 class Config(pydantic.BaseModel):
     """Every setting, by section."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     preset: Literal["smoke", "default"] = "default"
     pipeline: PipelineConfig = PipelineConfig()
@@ -102,7 +102,7 @@ def load_config(
         _check_keys(values, origin)
         merged = _merge(merged, values)
     preset = merged.get("preset", Config.model_fields["preset"].default)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise InputError(f"Expected `preset` to be one of {', '.join(PRESETS)}. Received: {preset!r}.")
     return validate(Config, _merge(PRESETS[preset], merged))
 
@@ -137,9 +137,10 @@ def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text  # a date is text
 
 
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -177,7 +178,4 @@ def _check_keys(values: Mapping[str, Any], origin: str) -> None:
 
 def _unknown(key: str, known: list[str], origin: str) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return (
-        f"Expected a known setting in {origin}. Received: `{key}`. Did you mean `{nearest[0]}`? "
-        f"Known: {', '.join(known)}."
-    )
+    return f"Expected a known setting in {origin}. Received: `{key}`. Did you mean `{nearest[0]}`? Known: {', '.join(known)}."

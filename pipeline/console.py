@@ -139,6 +139,8 @@ class Progress(logging.Handler):
     def _finish(self, state: str) -> None:
         with self._steps_lock:
             step, self._current = self._current, None
+            if step is None:
+                return
             step.state, step.seconds = state, time.monotonic() - self._started
         if not self._console.is_terminal:
             suffix = " (reused)" if step.cached else f" {step.seconds:.1f} s"

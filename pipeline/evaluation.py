@@ -160,9 +160,7 @@ def _confusion_matrix(plots: dict[str, Any], num_classes: int) -> np.ndarray:
     matrix = np.zeros((num_classes, num_classes), int)
     data = plots[""][""]["multiClassConfusionMatrixAtThresholds"]["matrices"][0]["entries"]
     for entry in data:
-        matrix[entry.get("actualClassId", 0), entry.get("predictedClassId", 0)] += round(
-            float(entry["numWeightedExamples"])
-        )
+        matrix[entry.get("actualClassId", 0), entry.get("predictedClassId", 0)] += round(float(entry["numWeightedExamples"]))
     return matrix
 
 

@@ -143,9 +143,7 @@ def create_pipeline(
     ).with_id("Schema")
 
     # Whether it is.
-    example_validator = ExampleValidator(
-        statistics=statistics_gen.outputs["statistics"], schema=schema.outputs["result"]
-    )
+    example_validator = ExampleValidator(statistics=statistics_gen.outputs["statistics"], schema=schema.outputs["result"])
     data_gate = DataGate(anomalies=example_validator.outputs["anomalies"], code=code_fingerprint("pipeline.components"))
 
     # One preprocessing for training, evaluation and serving: traced only, as without analyzers there is nothing to compute.
@@ -248,9 +246,7 @@ def _baseline_resolver(trainer: BaseComponent, on_vertex: bool) -> Resolver:
     if on_vertex:  # which knows TFX's own strategies only
         resolver = Resolver(strategy_class=LatestBlessedModelStrategy, **channels)
     else:
-        resolver = Resolver(
-            strategy_class=LatestOtherBlessedModelStrategy, candidate=trainer.outputs["model"], **channels
-        )
+        resolver = Resolver(strategy_class=LatestOtherBlessedModelStrategy, candidate=trainer.outputs["model"], **channels)
     return resolver.with_id("LatestBlessedModel")
 
 

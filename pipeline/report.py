@@ -56,6 +56,7 @@ def _confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(class_names))
+    class_names = [name.replace("$", r"\$") for name in class_names]  # no mathematics in a class's name
     axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, class_names)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")

@@ -28,7 +28,7 @@ class VertexConfig(pydantic.BaseModel):
       serving_machine_type: of the endpoint.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     project: str = ""
     region: str = "us-central1"
@@ -78,9 +78,7 @@ def training_job(config: VertexConfig) -> dict[str, Any]:
         machine["accelerator_count"] = config.accelerator_count
     job: dict[str, Any] = {
         "project": config.project,
-        "worker_pool_specs": [
-            {"machine_spec": machine, "replica_count": 1, "container_spec": {"image_uri": config.image}}
-        ],
+        "worker_pool_specs": [{"machine_spec": machine, "replica_count": 1, "container_spec": {"image_uri": config.image}}],
     }
     if config.service_account:
         job["service_account"] = config.service_account

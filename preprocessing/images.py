@@ -48,9 +48,15 @@ def decode_image(encoded: tf.Tensor, *, image_size: int) -> tf.Tensor:
       https://github.com/tensorflow/tpu/blob/master/models/official/efficientnet/preprocessing.py
     """
     image = tf.io.decode_image(encoded, channels=NUM_CHANNELS, expand_animations=False)
-    image = tf.image.resize(image, (image_size, image_size), method="bicubic", antialias=True)
-    # Bicubic overshoots at edges; the network was trained on what an encoded image can hold.
-    return tf.ensure_shape(tf.clip_by_value(image, 0.0, 255.0), (image_size, image_size, NUM_CHANNELS))
+    size = tf.constant((image_size, image_size))
+
+    def resize() -> tf.Tensor:
+        resized = tf.image.resize(image, size, method="bicubic", antialias=True)
+        return tf.clip_by_value(resized, 0.0, 255.0)  # bicubic overshoots at edges
+
+    fits = tf.reduce_all(tf.shape(image)[:2] == size)
+    resized = tf.cond(fits, lambda: tf.cast(image, tf.float32), resize)
+    return tf.ensure_shape(resized, (image_size, image_size, NUM_CHANNELS))
 
 
 def decode_images(encoded: tf.Tensor, *, image_size: int) -> tf.Tensor:

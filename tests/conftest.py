@@ -86,9 +86,7 @@ def make_csv() -> Callable[..., Path]:
             writer = csv.writer(file)
             writer.writerow(["path", "label", "camera"])
             for number, image in enumerate(images):
-                writer.writerow(
-                    [os.path.relpath(image, path.parent), image.parent.name, cameras[number % len(cameras)]]
-                )
+                writer.writerow([os.path.relpath(image, path.parent), image.parent.name, cameras[number % len(cameras)]])
         return path
 
     return make

@@ -96,7 +96,7 @@ def test_load_config_lets_the_last_of_two_overrides_win():
         ("data.input= photos and more ", "photos and more"),
         ("data.split_salt=a=b", "a=b"),
         ("data.valid_fraction=0.25", 0.25),
-        ("training.balance_classes=false", False),
+        ("pipeline.cache=false", False),
         ('data.slice_columns=["a", "b"]', ("a", "b")),
         ("data.slice_columns=[]", ()),
     ],
@@ -159,8 +159,7 @@ def test_load_config_says_where_an_unknown_setting_is(tmp_path):
     [
         (
             "training.epochs=0",
-            "Expected `training.epochs` to be valid. Received: training.epochs=0. "
-            "Input should be greater than or equal to 1.",
+            "Expected `training.epochs` to be valid. Received: training.epochs=0. Input should be greater than or equal to 1.",
         ),
         (
             "training.epochs=many",
@@ -177,8 +176,7 @@ def test_load_config_says_where_an_unknown_setting_is(tmp_path):
         ),
         (
             "preprocessing.image_size=100",
-            "Expected `image_size` to be a multiple of 32, the backbone's stride. Received: image_size=100. "
-            "Use 96 or 128.",
+            "Expected `image_size` to be a multiple of 32, the backbone's stride. Received: image_size=100. Use 96 or 128.",
         ),
         ("evaluation.min_accuracy=1.5", "Expected `evaluation.min_accuracy` to be valid. "),
         (
@@ -245,3 +243,14 @@ def test_config_makes_a_name_that_vertex_takes_of_a_long_one():
 def test_config_is_frozen():
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         Config().preset = "smoke"
+
+
+@pytest.mark.parametrize("override", ["preset=[1]", "preset.x=1"])
+def test_load_config_explains_a_preset_that_is_no_name(override):
+    with pytest.raises(InputError, match="Expected `preset` to be one of smoke, default"):
+        load_config(overrides=[override], environment={})
+
+
+@pytest.mark.parametrize(("text", "name"), [("2024", "2024"), ("2024-01-01", "2024-01-01")])
+def test_load_config_takes_a_name_that_looks_like_a_number_or_a_date(text, name):
+    assert load_config(overrides=[f"pipeline.name={text}"], environment={}).pipeline_name == name

@@ -160,9 +160,7 @@ print("after")
     log = tmp_path / "run.log"
     log.write_text("kept\n")
 
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=True, env=_environment()
-    )
+    run = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=True, env=_environment())
 
     assert run.stdout == "before\nto the person\nafter\n"
     assert run.stderr == ""

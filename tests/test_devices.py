@@ -31,9 +31,7 @@ def test_configure_devices_takes_the_cpu_in_float32(accelerator):
 
 @without_gpu
 def test_configure_devices_refuses_to_go_on_without_the_gpu_asked_for():
-    message = (
-        f"Expected a GPU, as devices.accelerator is `gpu`. Received: none that TensorFlow {tf.__version__} can see"
-    )
+    message = f"Expected a GPU, as devices.accelerator is `gpu`. Received: none that TensorFlow {tf.__version__} can see"
 
     with pytest.raises(RuntimeError, match=re.escape(message)) as caught:
         configure_devices(DeviceConfig(accelerator="gpu"))

@@ -79,8 +79,7 @@ def test_reasons_compare_with_the_latest_blessed_model():
     """
 
     assert _reasons_of(text) == [
-        "accuracy over all test images is 0.050 lower than the latest blessed model's, with 40 examples; "
-        "the limit is 0.020"
+        "accuracy over all test images is 0.050 lower than the latest blessed model's, with 40 examples; the limit is 0.020"
     ]
 
 

@@ -51,9 +51,7 @@ def test_code_fingerprint_is_16_hexadecimal_digits_and_repeats(code):
     assert code_fingerprint("models.net") == first
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("  # pixels", "  # points"), ("SIZE = 3", "SIZE   =   3"), ("SIZE", "\n\nSIZE")]
-)
+@pytest.mark.parametrize(("old", "new"), [("  # pixels", "  # points"), ("SIZE = 3", "SIZE   =   3"), ("SIZE", "\n\nSIZE")])
 def test_code_fingerprint_ignores_comments_and_layout(code, old, new):
     before = code_fingerprint("models.net")
     path = code / "data/base.py"

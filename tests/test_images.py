@@ -158,8 +158,7 @@ def test_decode_images_refuses_a_batch_with_one_bad_image(encode, noise):
     [
         (
             225,
-            "Expected `image_size` to be a multiple of 32, the backbone's stride. "
-            "Received: image_size=225. Use 224 or 256.",
+            "Expected `image_size` to be a multiple of 32, the backbone's stride. Received: image_size=225. Use 224 or 256.",
         ),
         (
             16,

@@ -53,9 +53,7 @@ def executor_args(compiled: dict, component: str) -> list[str]:
 def test_compiled_job_is_a_pipeline_spec_of_every_component(compiled: dict) -> None:
     spec = json_format.ParseDict(compiled["pipelineSpec"], pipeline_spec_pb2.PipelineSpec())
     assert spec.pipeline_info.name == "flowers"
-    assert {
-        task.replace("-model-resolver", "").replace("-model-blessing-resolver", "") for task in spec.root.dag.tasks
-    } == {
+    assert {task.replace("-model-resolver", "").replace("-model-blessing-resolver", "") for task in spec.root.dag.tasks} == {
         "ImportExampleGen",
         "StatisticsGen",
         "Schema",

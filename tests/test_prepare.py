@@ -430,3 +430,50 @@ def test_prepare_raises_for_an_unusable_source(tmp_path):
 
 def test_read_report_gives_none_where_there_is_none(tmp_path):
     assert read_report(str(tmp_path)) is None
+
+
+def test_main_never_overwrites_what_it_has_not_written(own_images, capsys):
+    before = {path: path.read_bytes() for path in own_images.rglob("*") if path.is_file()}
+
+    assert _main(own_images, own_images, "--overwrite") == 2
+
+    assert "which holds something else. Name another folder." in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in own_images.rglob("*") if path.is_file()} == before
+
+
+def test_main_writes_a_deleted_shard_again(own_images, tmp_path):
+    output = tmp_path / "records"
+    assert _main(own_images, output) == 0
+    before = _shards(output)
+    next(output.glob("train-*")).unlink()
+
+    assert _main(own_images, output, "--overwrite") == 0
+
+    assert _shards(output) == before
+
+
+def test_main_refuses_an_image_in_two_splits(own_images, tmp_path, capsys):
+    rows = [f"{path},{path.parent.name},train" for path in sorted(own_images.glob("*/*"))]
+    rows.append(rows[0].removesuffix("train") + "test")
+    (tmp_path / "photos.csv").write_text("\n".join(rows))
+
+    assert _main(tmp_path / "photos.csv", tmp_path / "records") == 2
+
+    error = capsys.readouterr().err
+    assert "Expected every image in one split." in error
+    assert "the same image" in error
+    assert not (tmp_path / "records").exists()
+
+
+def test_main_applies_a_lower_quarantine_limit_to_the_records_it_has(own_images, tmp_path):
+    (own_images / "circle" / "broken.png").write_bytes(b"no image")
+    output = tmp_path / "records"
+    assert _main(own_images, output) == 0
+
+    assert _main(own_images, output, "--overwrite", "--max-quarantined-fraction", "0") == 2
+
+
+def test_read_report_gives_none_for_a_file_of_another_program(tmp_path):
+    for content in ("not json", "{}", "[1]"):
+        (tmp_path / "report.json").write_text(content)
+        assert read_report(str(tmp_path)) is None

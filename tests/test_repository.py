@@ -35,9 +35,7 @@ def test_locks_pin_every_package_with_its_hash():
             assert "--hash=sha256:" in requirement, requirement[:80]
 
 
-@pytest.mark.parametrize(
-    "line", ["a==1 @ https://example.org/a.whl", "--index-url http://example.org", "--find-links wheels"]
-)
+@pytest.mark.parametrize("line", ["a==1 @ https://example.org/a.whl", "--index-url http://example.org", "--find-links wheels"])
 def test_a_host_in_a_lock_is_found(line):
     assert _HOST.search(line)
 

@@ -95,9 +95,7 @@ def test_signatures_are_those_of_the_contract(signatures):
     assert set(signatures) == set(expected)
     for name, (inputs, outputs) in expected.items():
         function = signatures[name]
-        found = {
-            key: (spec.dtype, spec.shape.as_list()) for key, spec in function.structured_input_signature[1].items()
-        }
+        found = {key: (spec.dtype, spec.shape.as_list()) for key, spec in function.structured_input_signature[1].items()}
         assert found == inputs, name
         assert set(function.structured_outputs) == set(outputs), name
         for key, (dtype, shape) in outputs.items():

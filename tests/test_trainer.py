@@ -96,9 +96,7 @@ def test_compute_statistics_gives_a_row_for_every_image(statistics, transform, r
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), np.arange(40) % 2)
 
 
-def test_compute_statistics_refuses_a_label_that_is_not_in_the_list(
-    tmp_path, statistics, transform, write_records, colours
-):
+def test_compute_statistics_refuses_a_label_that_is_not_in_the_list(tmp_path, statistics, transform, write_records, colours):
     path = write_records(tmp_path / "records.gz", colours[0][:2], ["circle", "triangle"])
 
     with pytest.raises(ValueError, match=r"^Expected labels of labels.txt only. Received: a record with another one"):

@@ -97,9 +97,7 @@ def run_fn(fn_args):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def serving_default(examples):
-        features = module.transform_layer(
-            tf.io.parse_example(examples, {"image": tf.io.FixedLenFeature([1], tf.string)})
-        )
+        features = module.transform_layer(tf.io.parse_example(examples, {"image": tf.io.FixedLenFeature([1], tf.string)}))
         return {"probabilities": model(decode(features["image_xf"]), training=False)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])

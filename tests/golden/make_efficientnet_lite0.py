@@ -77,9 +77,7 @@ def run(state: dict[str, torch.Tensor], image: np.ndarray) -> tuple[dict[str, np
     return pooled, logits[0].float().numpy()
 
 
-def conv(
-    state: dict[str, torch.Tensor], name: str, x: torch.Tensor, *, stride: int = 1, groups: int = 1
-) -> torch.Tensor:
+def conv(state: dict[str, torch.Tensor], name: str, x: torch.Tensor, *, stride: int = 1, groups: int = 1) -> torch.Tensor:
     """Convolves with TensorFlow's `SAME` padding, which is lopsided where the stride is 2."""
     weight = state[f"{name}.weight"].double()
     padding = []
