@@ -25,7 +25,7 @@ run: setup ## take the default data set, or ARGS="--data PATH", from images to a
 	@$(BIN)/python local_runner.py $(ARGS)
 
 test: setup ## run the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup ## check style
 	@$(BIN)/ruff check .
@@ -58,7 +58,8 @@ $(STAMP): $(LOCK)
 	@echo "Setting up TFX $(TFX) in $(VENV) with $$($(PYTHON) --version) (glibc $(GLIBC); 1.21 needs 2.38)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing uv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -nE 's/^(uv==[^ ]+).*/\1/p' $(LOCK))"
+	@awk '/^[a-z]/ {is_uv = /^uv==/} is_uv' $(LOCK) > $(VENV)/uv.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/uv.lock
 	@echo "Installing and compiling $$(grep -c '^[a-z].*==' $(LOCK)) packages from $(LOCK)"
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --compile-bytecode --require-hashes $(LOCK)
 	@rm -f $(VENV)/.installed-* && touch $@

@@ -1,4 +1,4 @@
-"""Compiles the same pipeline for Vertex AI Pipelines and Kubeflow Pipelines v2; nothing is submitted and nothing contacted.
+"""Compiles the same pipeline for Vertex AI Pipelines; nothing is submitted.
 
     tfx pipeline create --engine=vertex --pipeline_path=kubeflow_runner.py
     python kubeflow_runner.py                                  # writes pipeline.json here
@@ -24,6 +24,9 @@ OUTPUT_FILE = "pipeline.json"
 
 def main() -> int:
     """Compiles the pipeline; returns the exit code."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return EXIT_DONE
     try:
         config = load_config(os.environ.get(CONFIG_VARIABLE))
         _compile(config)
@@ -48,11 +51,16 @@ def _compile(config: Config) -> None:
             "Expected `data.input` to be a gs:// folder of records, as the steps run in the cloud. "
             f"Received: {config.data.input!r}. Write them with `python -m data.prepare --output gs://...`."
         )
+    if config.data.class_names and config.data.slice_columns is None:
+        raise InputError(
+            "Expected `data.slice_columns` beside `data.class_names`, as the records are not read. Received: nothing. "
+            "Name the extra columns that the gate slices by; [] is for none."
+        )
     if config.data.class_names:
         records = Records(
             folder=config.data.input.rstrip("/"),
             class_names=config.data.class_names,
-            columns=config.data.slice_columns or (),
+            columns=config.data.slice_columns,
             schema_fingerprint="",
         )
     else:

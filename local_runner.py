@@ -28,9 +28,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 from rich.console import Console
+from rich.markup import escape
+from rich.spinner import Spinner
 
 from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_BLESSED, InputError, exit_code, report_error
-from pipeline.console import Progress, output_to_log, print_summary
+from pipeline.console import Progress, live, output_to_log, print_summary
+
+EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.NamedTemporaryFile("r", suffix=".log") as early_log:
             with output_to_log(Path(early_log.name)) as terminal:
                 console = Console(file=terminal, force_terminal=console.is_terminal, width=console.width)
-                with console.status("Loading TensorFlow"):
+                with live(console, Spinner("dots", "Loading TensorFlow"), transient=True):
                     config, workspace = _load(arguments, overrides)
             log = workspace / "run.log"
             with _locked(workspace):
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return _run(config, workspace, console, started)
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept and reused", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except Exception as error:
         return report_error(error, debug=arguments.debug)
 
@@ -83,6 +87,11 @@ def _load(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, Pat
     from pipeline.config import load_config
 
     config = load_config(arguments.config, overrides=overrides)
+    if "://" in (arguments.workspace or ""):
+        raise InputError(
+            f"Expected --workspace to be a folder on this machine. Received: {arguments.workspace!r}. "
+            "For runs in the cloud, compile the pipeline with kubeflow_runner.py."
+        )
     workspace = Path(arguments.workspace or Path("runs") / config.pipeline_name).expanduser()
     try:
         workspace.mkdir(parents=True, exist_ok=True)
@@ -112,9 +121,12 @@ def _locked(workspace: Path) -> Iterator[None]:
 def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
     """Prepares the data, runs the components, and writes what they found."""
     _log_to_file()
-    console.print(f"[bold]{config.pipeline_name}[/] · data {config.data.input} · log {workspace / 'run.log'}", highlight=False)
+    where = f"data {escape(config.data.input)} · log {escape(str(workspace / 'run.log'))}"
+    console.print(f"[bold]{config.pipeline_name}[/] · {where}", highlight=False, soft_wrap=True)
     run: dict[str, Any] = {"pipeline": config.pipeline_name, "exit_code": EXIT_FAILED, "seconds": 0.0, "counts": {}}
     run |= {"components": [], "metrics": {}, "blessed": False, "reasons": [], "pushed_model": None}
+    for name in ("run.json", "report.html"):  # of an earlier run, which they would still speak of if this one were killed
+        (workspace / name).unlink(missing_ok=True)
     progress = Progress(console)
     try:
         with progress:
@@ -141,13 +153,14 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
             with progress.step("Report"):
                 found = read_results(workspace / "pipeline" / "metadata.db", records.class_names)
                 run |= found.as_run()
-                run["exit_code"] = EXIT_DONE if run["blessed"] else EXIT_NOT_BLESSED
+                run["exit_code"] = EXIT_DONE if run["blessed"] and run["pushed_model"] else EXIT_NOT_BLESSED
                 run["components"] = _components(progress)
                 run["seconds"] = round(time.monotonic() - started, 1)
                 write_report(workspace / "report.html", run, found.history, config)
     except BaseException as error:
+        logging.getLogger().error("the run ended", exc_info=error)
         run["reasons"] = [str(error).strip() or type(error).__name__]
-        run["exit_code"] = exit_code(error)
+        run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else exit_code(error)
         raise
     finally:
         run["components"] = _components(progress)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 from tensorflow_metadata.proto.v0 import schema_pb2
 
-IMAGE_KEY = "image"  # bytes: an encoded JPEG or PNG, as the user gave it
+IMAGE_KEY = "image"  # bytes: the encoded image, as the user gave it
 LABEL_KEY = "label"  # string: a line of labels.txt
 FILENAME_KEY = "filename"  # string: where the image came from
 HEIGHT_KEY = "height"  # int64: pixels
@@ -36,7 +36,7 @@ def make_example(
     """Builds the record of one image.
 
     Args:
-      image: an encoded JPEG or PNG.
+      image: the encoded bytes.
       label: the class, a line of labels.txt.
       filename: where the image came from.
       height: pixels.

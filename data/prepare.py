@@ -13,8 +13,11 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -39,9 +42,20 @@ from data.features import (
 from data.fingerprint import code_fingerprint
 from data.sources import ELPV, ImageReference, Source, is_prepared, open_source, read_lines
 
+logger = logging.getLogger("tfx_vision")
+
 REPORT_FILE = "report.json"
 QUARANTINE_FILE = "quarantine.json"
+_REPORT_SECONDS = 2.0
 _TARGET_SHARD_BYTES = 150_000_000
+# What no retry would mend; anything else, such as a bucket out of reach, fails the job so that its runner tries again.
+_PERMANENT_ERRORS = (
+    tf.errors.NotFoundError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnimplementedError,
+)
 _SAMPLED_SIZES = 200  # images whose size is looked up to choose the number of shards
 
 
@@ -100,13 +114,14 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
       overwrite: replace a folder that holds other records.
 
     Returns:
-      The report: `counts` {split: {class: images}}, `quarantined`, `duplicates`, `class_names`, `columns`, `shards`
-      {file: SHA-256}, `fingerprint`, `reused`.
+      The report: `input`, `images` listed, `counts` {split: {class: images}}, `quarantined`, `duplicates`, `class_names`,
+      `columns`, `shards` {file: SHA-256}, `fingerprint`, `reused`.
 
     Raises:
       InputError: if the source is unusable, too much of it is, or `output` exists and `overwrite` is off.
     """
     output = output.rstrip("/")
+    _recover(output)
     source = open_source(config.input)
     fingerprint = _fingerprint(config, source)
     previous = read_report(output)
@@ -114,7 +129,7 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
     if is_complete and previous["fingerprint"] == fingerprint:
         return previous | {"reused": True}
     _check_output(config, output, previous, overwrite=overwrite)
-    temporary = f"{output}.tmp-{os.getpid()}"
+    temporary = f"{output}.tmp-{_process_name()}"
     if tf.io.gfile.exists(temporary):
         tf.io.gfile.rmtree(temporary)
     tf.io.gfile.makedirs(temporary)
@@ -179,11 +194,20 @@ class ReadImage(beam.DoFn):
         self._class_names = frozenset(class_names)
         self._columns = tuple(columns)
 
+    def setup(self) -> None:
+        """Starts to count, for the log."""
+        self._num_images = 0
+        self._reported = time.monotonic()
+
     def process(self, reference: ImageReference) -> Iterator[Any]:
         """Yields a `_Record`, or a dict of file, label, reason and line."""
+        self._num_images += 1
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            logger.info("checked %s images", f"{self._num_images:,}")
+            self._reported = time.monotonic()
         try:
             yield self._read(reference)
-        except (tf.errors.OpError, ValueError, OSError) as error:
+        except (*_PERMANENT_ERRORS, ValueError) as error:
             reason = error.message if isinstance(error, tf.errors.OpError) else str(error)
             rejected = {
                 "file": reference.path,
@@ -401,15 +425,17 @@ def _check_counts(config: DataConfig, counts: dict[str, dict[str, int]]) -> None
 
 
 def _fingerprint(config: DataConfig, source: Source) -> str:
-    """Fingerprints the listed images (local ones with size and time of change), the settings and this code."""
+    """Fingerprints the listed images, with size and time of change, the settings and this code."""
     digest = hashlib.sha256(code_fingerprint(__spec__.name if __name__ == "__main__" else __name__).encode())
     settings = config.model_dump(exclude={"slice_columns", "class_names"})
     digest.update(json.dumps([settings, source.class_names, source.columns]).encode())
     for reference in source.references:
         digest.update(repr(reference).encode("utf-8", "surrogateescape"))
-        if "://" not in reference.path and os.path.exists(reference.path):
-            status = os.stat(reference.path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        try:
+            status = tf.io.gfile.stat(reference.path)
+            digest.update(f"{status.length} {status.mtime_nsec}".encode())
+        except tf.errors.OpError:
+            digest.update(b"missing")
     return digest.hexdigest()
 
 
@@ -427,9 +453,29 @@ def _write_json(path: str, value: Any) -> None:
     _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _host_name() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def _process_name() -> str:
+    return f"{_host_name()}-{os.getpid()}"
+
+
+def _recover(output: str) -> None:
+    """Clears up after a preparation that was killed: its folders carry the names of its machine and process."""
+    for path in tf.io.gfile.glob(f"{output}.tmp-*") + tf.io.gfile.glob(f"{output}.old-*"):
+        host, _, process = path.rpartition(".")[2].removeprefix("tmp-").removeprefix("old-").rpartition("-")
+        if "://" in path or host != _host_name() or os.path.exists(f"/proc/{process}"):
+            continue  # a bucket or another machine's, of which nobody here knows whether it is still at work
+        if ".old-" in path.removeprefix(output) and not tf.io.gfile.exists(output):
+            tf.io.gfile.rename(path, output)  # it was killed between the two renames
+        else:
+            tf.io.gfile.rmtree(path)
+
+
 def _replace(output: str, temporary: str) -> None:
     """Puts a finished folder in place; an older one goes only once the new one is there."""
-    old = f"{output}.old-{os.getpid()}"
+    old = f"{output}.old-{_process_name()}"
     if tf.io.gfile.exists(output):
         tf.io.gfile.rename(output, old)
     tf.io.gfile.rename(temporary, output)
@@ -460,6 +506,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = {name: value for name, value in vars(arguments).items() if name in fields}
         config = validate(DataConfig, settings)
         print(f"Preparing {config.input} ...", flush=True)
+        progress = logging.StreamHandler(sys.stdout)
+        progress.setFormatter(logging.Formatter("%(message)s"))
+        logger.handlers = [progress]
+        logger.setLevel(logging.INFO)
         report = prepare(config, arguments.output, beam_args=beam_args, overwrite=arguments.overwrite)
     except Exception as error:
         return report_error(error, debug=arguments.debug)

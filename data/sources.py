@@ -14,7 +14,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from data.errors import InputError
-from data.features import LABELS_FILE, RECORD_KEYS, SPLITS, TRAIN_SPLIT
+from data.features import LABELS_FILE, RECORD_KEYS, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, TRAIN_SPLIT
 
 ELPV = "elpv"
 ELPV_CLASS_NAMES = ("functional", "defective")
@@ -60,6 +60,7 @@ def is_prepared(path: str) -> bool:
     """Tells whether a folder holds records that `data.prepare` wrote."""
     return bool(
         tf.io.gfile.exists(os.path.join(path, LABELS_FILE))
+        and tf.io.gfile.exists(os.path.join(path, SCHEMA_FOLDER, SCHEMA_FILE))
         and tf.io.gfile.glob(os.path.join(path, f"{TRAIN_SPLIT}-*.tfrecord.gz"))
     )
 

@@ -56,7 +56,7 @@ class ImageClassifier(tf.Module):
         }
 
     def signatures(self) -> dict[str, tf.types.experimental.ConcreteFunction]:
-        """Traces the signatures that ARCHITECTURE names, ready for `tf.saved_model.save`.
+        """Traces the signatures, ready for `tf.saved_model.save`.
 
         `serving_default` takes image_bytes string [batch]; `examples` and `transform_features` take serialized
         tf.Example string [batch]; `explain_preprocess` takes image bytes and gives float32 images, which

@@ -19,7 +19,7 @@ import numpy as np
 import pydantic
 import tensorflow as tf
 
-from data.features import IMAGE_KEY, LABEL_KEY, TRAIN_SPLIT, VALID_SPLIT
+from data.features import IMAGE_KEY, LABEL_KEY, LABELS_FILE, TRAIN_SPLIT, VALID_SPLIT
 from models.classifier import (
     ModelConfig,
     Projection,
@@ -37,9 +37,10 @@ from preprocessing.transform import TransformGraph
 logger = logging.getLogger("tfx_vision")
 
 HISTORY_FILE = "history.json"
+EXTRA_FOLDER = "assets.extra"
 _EMBEDDING_BATCH_SIZE = 32
 _REPORT_SECONDS = 2.0
-_PROJECTION_SAMPLE = 2048  # images; bounds the memory that the projection takes
+PROJECTION_SAMPLE = 2048  # images; bounds the memory that the projection takes
 
 
 class TrainingConfig(pydantic.BaseModel):
@@ -173,7 +174,7 @@ def run_fn(fn_args: Any) -> None:
         train_statistics = compute_statistics(statistics, transform, fn_args.train_files, split=TRAIN_SPLIT)
         valid_statistics = compute_statistics(statistics, transform, fn_args.eval_files, split=VALID_SPLIT)
         # The records are in the order of a hash, so the first of them are a fair sample.
-        sample = list(_take_images(train_statistics, _PROJECTION_SAMPLE))
+        sample = list(_take_images(train_statistics, PROJECTION_SAMPLE))
         logger.info("fitting the projection")
         projection = fit_projection(np.concatenate([batch for batch, _ in sample]), num_components=config.model.num_components)
         train = write_embeddings(os.path.join(folder, "train"), itertools.chain(sample, train_statistics), projection)
@@ -185,6 +186,11 @@ def run_fn(fn_args: Any) -> None:
     logger.info("exporting the model")
     network = join(statistics, projection, head)
     export(ImageClassifier(network, transform, config.class_names), fn_args.serving_model_dir)
+    # `assets.extra` is SavedModel's place for files of others; the baseline's resolver reads this one.
+    extra = os.path.join(fn_args.serving_model_dir, EXTRA_FOLDER)
+    tf.io.gfile.makedirs(extra)
+    with tf.io.gfile.GFile(os.path.join(extra, LABELS_FILE), "w") as file:
+        file.write("".join(f"{name}\n" for name in config.class_names))
 
 
 def read_images(transform: TransformGraph, file_patterns: list[str]) -> tf.data.Dataset:

@@ -76,6 +76,11 @@ def output_to_log(path: Path) -> Iterator[TextIO]:
             terminal.close()
 
 
+def live(console: Console, renderable: RenderableType | None = None, **options: Any) -> Live:
+    """Makes a live display that leaves the process's own output alone: that goes to the log, not to the terminal."""
+    return Live(renderable, console=console, redirect_stdout=False, redirect_stderr=False, **options)
+
+
 class Progress(logging.Handler):
     """Follows a run by its log messages and shows it: a live table on a terminal, a line for each step elsewhere."""
 
@@ -87,7 +92,7 @@ class Progress(logging.Handler):
         self._started = 0.0
         self._detail_shown = 0.0
         self._steps_lock = threading.RLock()
-        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=4, transient=False)
+        self._live = live(console, get_renderable=self._table, refresh_per_second=4)
 
     def __enter__(self) -> "Progress":
         logging.getLogger().addHandler(self)

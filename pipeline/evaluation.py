@@ -130,12 +130,12 @@ def read_evaluation(path: str, class_names: Sequence[str]) -> Evaluation:
       path: folder of its `evaluation` artifact.
       class_names: the ordered class list.
     """
-    result = tfma.load_eval_result(path)
+    # With a baseline TFMA writes results of both models, and loads none of the plots unless it is told whose.
+    models = tfma.load_eval_result(path).config.model_specs
+    result = tfma.load_eval_result(path, model_name=tfma.CANDIDATE_KEY if len(models) > 1 else None)
     slices = {_slice_name(key): _metrics(values) for key, values in result.slicing_metrics}
-    confusion = np.zeros((len(class_names), len(class_names)), int)
-    for key, values in result.plots:
-        if not key:
-            confusion = _confusion_matrix(values, len(class_names))
+    (plots,) = (values for key, values in result.plots if not key)
+    confusion = _confusion_matrix(plots, len(class_names))
     overall = slices.pop("")
     classes = {name: _class_metrics(confusion, index) for index, name in enumerate(class_names)}
     overall["macro_f1"] = float(np.mean([metrics["f1"] for metrics in classes.values()]))
@@ -146,7 +146,7 @@ def read_evaluation(path: str, class_names: Sequence[str]) -> Evaluation:
         slices=dict(sorted(slices.items())),
         confusion_matrix=confusion.tolist(),
         reasons=[] if validation.validation_ok else _reasons(validation, overall, slices),
-        has_baseline=len(result.config.model_specs) > 1,
+        has_baseline=len(models) > 1,
     )
 
 
@@ -182,13 +182,16 @@ def _slice_name(key: Sequence[tuple[str, Any]]) -> str:
     return ", ".join(f"{column}={value}" for column, value in key)
 
 
+def _slice_value(key: Any) -> Any:
+    value = getattr(key, key.WhichOneof("kind"))
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _reasons(validation: Any, overall: dict[str, float], slices: dict[str, dict[str, float]]) -> list[str]:
     """Turns TFMA's validation result into a sentence for each threshold that was missed."""
     reasons = []
     for in_slice in validation.metric_validations_per_slice:
-        name = _slice_name(
-            [(key.column, key.bytes_value.decode() or key.int64_value) for key in in_slice.slice_key.single_slice_keys]
-        )
+        name = _slice_name([(key.column, _slice_value(key)) for key in in_slice.slice_key.single_slice_keys])
         metrics = slices.get(name, overall) if name else overall
         count = int(metrics.get(EXAMPLE_COUNT, 0))
         where = f"of `{name}`" if name else "over all test images"

@@ -63,7 +63,7 @@ class Records:
       folder: that `data.prepare` wrote; local or gs://.
       class_names: the ordered class list.
       columns: extra columns to slice by.
-      schema_fingerprint: changes with the schema file, so that an edited one is imported anew.
+      schema_fingerprint: changes with the schema file, so that another one is imported anew; empty where it cannot be read.
     """
 
     folder: str
@@ -135,11 +135,12 @@ def create_pipeline(
         stats_options=tfdv.StatsOptions(feature_allowlist=[LABEL_KEY, HEIGHT_KEY, WIDTH_KEY, *records.columns]),
     )
 
-    # What the data must be: written beside the records, edited and versioned by people.
+    # What the data must be: written beside the records. Without a fingerprint the file may have changed, so it is read anew.
     schema = Importer(
         source_uri=os.path.join(records.folder, SCHEMA_FOLDER),
         artifact_type=standard_artifacts.Schema,
         custom_properties={"fingerprint": records.schema_fingerprint},
+        reimport=not records.schema_fingerprint,
     ).with_id("Schema")
 
     # Whether it is.

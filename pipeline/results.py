@@ -5,8 +5,8 @@ Called by `local_runner.py` after the last component.
 
 import dataclasses
 import json
-import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,20 @@ def _latest_run_artifacts(metadata_path: Path) -> dict[str, metadata_store_pb2.A
 
 
 def _pushed_model(artifact: metadata_store_pb2.Artifact | None) -> str | None:
-    """Returns where the model was pushed to; puts it back if the Pusher was cached and its copy has been deleted."""
+    """Returns where the model was pushed to.
+
+    A Pusher that was cached has pushed nothing in this run. Where its version is gone, or a later one has taken its place at
+    the servers, the model that it pushed is put there again, as the latest version.
+    """
     if artifact is None or artifact.custom_properties["pushed"].int_value != 1:
         return None
-    destination = artifact.custom_properties["pushed_destination"].string_value
-    if not os.path.exists(destination):
-        temporary = f"{destination}.tmp"  # no version number, so a server does not look at it
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(artifact.uri, temporary)
-        os.replace(temporary, destination)
-    return destination
+    destination = Path(artifact.custom_properties["pushed_destination"].string_value)
+    versions = [int(path.name) for path in destination.parent.glob("*") if path.name.isdigit()]
+    if destination.exists() and max(versions) == int(destination.name):
+        return str(destination)
+    destination = destination.with_name(str(max(int(time.time()), *(version + 1 for version in versions), 0)))
+    temporary = destination.with_suffix(".tmp")  # no version number, so a server does not look at it
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(artifact.uri, temporary)
+    temporary.replace(destination)
+    return str(destination)

@@ -1,6 +1,6 @@
 """The settings of a run on Google Cloud, and what they become for each component.
 
-Called by `kubeflow_runner.py`, which compiles for Vertex AI Pipelines and Kubeflow Pipelines v2.
+Called by `kubeflow_runner.py` and `pipeline.pipeline`.
 """
 
 from typing import Any
@@ -100,7 +100,7 @@ def dataflow_args(config: VertexConfig, pipeline_name: str) -> list[str]:
         "--runner=DataflowRunner",
         f"--project={config.project}",
         f"--region={config.region}",
-        f"--temp_location={config.bucket}/tmp/{pipeline_name}",
+        f"--temp_location={config.bucket.rstrip('/')}/tmp/{pipeline_name}",
         f"--sdk_container_image={config.image}",
         "--experiments=use_runner_v2",
         f"--max_num_workers={config.dataflow_max_workers}",

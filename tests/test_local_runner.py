@@ -135,7 +135,29 @@ def test_training_setting_reruns_from_the_trainer(workspace: Path, images: Path)
     ran = {name for name, state in states(result).items() if state == "ran"}
     assert ran - LOOKUPS == {"Trainer", "Evaluator", "Pusher"}
     assert result["metrics"]["has_baseline"] is True
+    assert sum(map(sum, result["metrics"]["confusion_matrix"])) == result["metrics"]["overall"]["example_count"]
     assert len(pushed_versions(workspace)) == 2
+
+
+def test_settings_that_go_back_and_forth_serve_the_model_of_the_last_run(workspace: Path, images: Path) -> None:
+    open_gate = ["--set", "evaluation.max_accuracy_drop=1"]
+    for epochs in (30, 31, 30, 31):
+        code, result = run(workspace, "--data", str(images), "--set", f"training.epochs={epochs}", *open_gate)
+        assert code == 0
+    assert states(result)["Trainer"] == "reused"
+    assert Path(result["pushed_model"]).name == pushed_versions(workspace)[-1]
+    model_runs = sorted((workspace / "pipeline" / "Trainer" / "model").iterdir(), key=lambda path: int(path.name))
+    trained = (model_runs[-1] / "Format-Serving" / "fingerprint.pb").read_bytes()
+    assert (Path(result["pushed_model"]) / "fingerprint.pb").read_bytes() == trained
+
+
+def test_added_class_passes_over_the_baseline_that_lacks_it(workspace: Path, images: Path, make_images, tmp_path: Path) -> None:
+    grown = shutil.copytree(images, tmp_path / images.name)
+    make_images(grown, class_names=("circle", "square", "triangle"))
+    code, result = run(workspace, "--data", str(grown))
+    assert code in (0, 3)
+    assert result["metrics"]["has_baseline"] is False
+    assert set(result["metrics"]["classes"]) == {"circle", "square", "triangle"}
 
 
 def test_code_change_behind_run_fn_reruns_the_trainer(workspace: Path, images: Path, monkeypatch) -> None:
@@ -257,6 +279,16 @@ def test_empty_class_ends_in_one_clear_line(images: Path, tmp_path: Path, capfd)
     error = capfd.readouterr().err
     assert "class 'hexagon' without any" in error
     assert error.count("\n") == 1
+
+
+def test_failed_run_leaves_no_verdict_of_an_earlier_one(workspace: Path, first_run, tmp_path: Path) -> None:
+    records = shutil.copytree(first_run[0] / "tfrecords", tmp_path / "records")
+    (records / "labels.txt").write_text("circle\nhexagon\n")  # the trainer meets a label that is not in the list
+    code, result = run(workspace, "--data", str(records))
+    assert code == 1
+    assert result["exit_code"] == 1
+    assert not (workspace / "report.html").exists()
+    assert "Traceback" in (workspace / "run.log").read_text()
 
 
 def test_second_run_at_once_is_kept_out(tmp_path: Path, capfd) -> None:

@@ -477,3 +477,14 @@ def test_read_report_gives_none_for_a_file_of_another_program(tmp_path):
     for content in ("not json", "{}", "[1]"):
         (tmp_path / "report.json").write_text(content)
         assert read_report(str(tmp_path)) is None
+
+
+def test_prepare_clears_up_after_a_killed_preparation(own_images, tmp_path):
+    output = tmp_path / "records"
+    assert _main(own_images, output) == 0
+    output.rename(tmp_path / f"records.old-{prepare._host_name()}-999999999")  # killed between the two renames of an overwrite
+    (tmp_path / f"records.tmp-{prepare._host_name()}-999999998").mkdir()
+
+    assert _main(own_images, output) == 0  # nothing changed: the old records are back and kept
+
+    assert [path.name for path in tmp_path.glob("records*")] == ["records"]

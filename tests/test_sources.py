@@ -255,11 +255,13 @@ def test_elpv_csv_fixture_is_a_source_of_real_images(elpv_csv):
     assert {reference.columns[0] for reference in source.references} == {"mono", "poly"}
 
 
-def test_is_prepared_wants_records_and_their_class_list(tmp_path):
+def test_is_prepared_wants_records_with_their_class_list_and_schema(tmp_path):
     assert not is_prepared(str(tmp_path / "nowhere"))
     _touch(tmp_path, "labels.txt")
     assert not is_prepared(str(tmp_path))
     _touch(tmp_path, "train-00000-of-00001.tfrecord.gz")
+    assert not is_prepared(str(tmp_path))
+    _touch(tmp_path, "schema/schema.pbtxt")
     assert is_prepared(str(tmp_path))
     (tmp_path / "labels.txt").unlink()
     assert not is_prepared(str(tmp_path))

@@ -25,7 +25,7 @@ from data.features import SPLITS, TEST_SPLIT, TRAIN_SPLIT, VALID_SPLIT
 from data.prepare import DataConfig, choose_split
 from data.sources import open_source
 from models.classifier import build_statistics, fit_projection
-from models.trainer import TrainerConfig, train_head, write_embeddings
+from models.trainer import PROJECTION_SAMPLE, TrainerConfig, train_head, write_embeddings
 from pipeline.config import load_config
 from preprocessing.images import decode_image
 
@@ -64,7 +64,7 @@ def main() -> None:
         data_config = DataConfig(split_salt=str(salt))
         chosen = np.array([choose_split(digest, data_config) for digest in digests])
         rows = {split: np.flatnonzero(chosen == split) for split in SPLITS}
-        sample = statistics[rows[TRAIN_SPLIT][:2048]]
+        sample = statistics[rows[TRAIN_SPLIT][:PROJECTION_SAMPLE]]
         projection = fit_projection(sample, num_components=config.model.num_components)
         with tempfile.TemporaryDirectory() as folder:
             train, valid, test = (
