@@ -46,18 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.data:
         overrides.append(f"data.input={json.dumps(os.path.expanduser(arguments.data), ensure_ascii=False)}")
     started = time.monotonic()
-    console = Console()
+    terminal_options = {"force_terminal": Console().is_terminal, "width": Console().width}  # asked before output is redirected
     try:
         with tempfile.NamedTemporaryFile("r", suffix=".log") as early_log:
             with output_to_log(Path(early_log.name)) as terminal:
-                console = Console(file=terminal, force_terminal=console.is_terminal, width=console.width)
+                console = Console(file=terminal, **terminal_options)
                 with live(console, Spinner("dots", "Loading TensorFlow"), transient=True):
                     config, workspace = _load(arguments, overrides)
             log = workspace / "run.log"
             with _locked(workspace):
                 log.write_text(early_log.read(), encoding="utf-8")
-                with output_to_log(log) as terminal:
-                    console = Console(file=terminal, force_terminal=console.is_terminal, width=console.width)
+                with output_to_log(log) as terminal, _logging_to_standard_error():
+                    console = Console(file=terminal, **terminal_options)
                     return _run(config, workspace, console, started)
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept and reused", file=sys.stderr)
@@ -120,7 +120,6 @@ def _locked(workspace: Path) -> Iterator[None]:
 
 def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
     """Prepares the data, runs the components, and writes what they found."""
-    _log_to_file()
     where = f"data {escape(config.data.input)} · log {escape(str(workspace / 'run.log'))}"
     console.print(f"[bold]{config.pipeline_name}[/] · {where}", highlight=False, soft_wrap=True)
     run: dict[str, Any] = {"pipeline": config.pipeline_name, "exit_code": EXIT_FAILED, "seconds": 0.0, "counts": {}}
@@ -209,15 +208,21 @@ def _remove_half_pushed(folder: Path) -> None:
             shutil.rmtree(version)
 
 
-def _log_to_file() -> None:
-    """Sends log records of every level from INFO on to the log that standard error is now."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
-    logging.getLogger().handlers = [handler]
-    logging.getLogger().setLevel(logging.INFO)
+@contextlib.contextmanager
+def _logging_to_standard_error() -> Iterator[None]:
+    """Sends log records from INFO on to standard error, which is the run's log; TFX's own go there by absl."""
     from absl import logging as absl_logging
 
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    earlier, root.handlers = root.handlers, [handler]
+    root.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers = earlier
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -502,17 +502,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the records in --output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
+    progress = logging.StreamHandler(sys.stdout)
     try:
         settings = {name: value for name, value in vars(arguments).items() if name in fields}
         config = validate(DataConfig, settings)
         print(f"Preparing {config.input} ...", flush=True)
-        progress = logging.StreamHandler(sys.stdout)
-        progress.setFormatter(logging.Formatter("%(message)s"))
-        logger.handlers = [progress]
+        logger.addHandler(progress)
         logger.setLevel(logging.INFO)
         report = prepare(config, arguments.output, beam_args=beam_args, overwrite=arguments.overwrite)
     except Exception as error:
         return report_error(error, debug=arguments.debug)
+    finally:
+        logger.removeHandler(progress)
     for split, counts in report["counts"].items():
         print(f"{split:>6}: " + ", ".join(f"{number} {label}" for label, number in counts.items()))
     print(

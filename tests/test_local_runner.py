@@ -1,12 +1,16 @@
 """The whole pipeline on generated data: what runs, what is reused, what is refused."""
 
+import contextlib
 import fcntl
 import json
 import os
+import pty
 import random
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -309,6 +313,28 @@ def test_command_line_prints_progress_and_nothing_of_tensorflow(images: Path, tm
         assert name in done.stdout
     assert "Blessed" in done.stdout
     assert "tensorflow" not in done.stdout.lower()
+
+
+def test_terminal_shows_live_progress_and_nothing_of_tensorflow(images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "local_runner.py", *SMOKE, "--data", str(images), "--workspace", str(tmp_path / "ws")]
+    environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"} | {"TERM": "xterm"}
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a pseudo-terminal says that its other end is closed
+            while chunk := os.read(main, 65536):
+                shown += chunk
+        assert process.wait() == 0
+    os.close(main)
+    text = shown.decode()
+    assert "\x1b[" in text
+    assert "▶" in text  # the mark of a step at work, which only the live table has
+    assert "✓" in text
+    assert "Blessed" in text
+    assert "tensorflow" not in text.lower().replace("loading tensorflow", "")
+    assert "warning" not in text.lower()
 
 
 def test_image_that_the_model_has_never_seen_keeps_its_split(first_run, images: Path, tmp_path: Path) -> None:
