@@ -35,7 +35,7 @@ format: setup ## mend style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## measure the whole run against a tutorial-style TFX pipeline (about 15 minutes)
+bench: setup ## measure the whole run against a tutorial-style TFX pipeline (about half an hour)
 	@$(BIN)/python tests/benchmarks/whole_run.py $(ARGS)
 
 lock: ## resolve pyproject.toml anew into both locks

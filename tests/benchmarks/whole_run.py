@@ -1,6 +1,6 @@
 """Measures the whole run, images to pushed model, against a tutorial-style TFX pipeline, paired in one run.
 
-    make bench                                        # ELPV, one pair: about 15 minutes on two cores
+    make bench                                        # ELPV, one pair: about half an hour on two cores
     python tests/benchmarks/whole_run.py --data photos/ --repeats 3
 
 Both start from the same prepared records, in fresh processes, and take the same number of epochs. The tutorial pipeline runs
