@@ -5,7 +5,7 @@
 
 The `tfx` command passes no arguments, so settings come from the file that TFX_VISION_CONFIG names and from the environment:
 TFX_VISION_DATA__INPUT (records that `data.prepare` wrote, gs://), TFX_VISION_VERTEX__PROJECT, TFX_VISION_VERTEX__BUCKET,
-TFX_VISION_VERTEX__IMAGE, and any other. About 20 seconds, nearly all of it imports. Exit codes: 0 compiled; 1 failed; 2 wrong
+TFX_VISION_VERTEX__IMAGE, and any other. Under a minute, nearly all of it imports. Exit codes: 0 compiled; 1 failed; 2 wrong
 configuration.
 """
 

@@ -4,7 +4,7 @@
     python local_runner.py --data photos/                      # a folder with a folder for each class
     python local_runner.py --data photos.csv --set training.epochs=80
 
-About a minute for 2,600 images on two CPU cores. The workspace, `runs/<pipeline name>/` by default, then holds
+One to two minutes for 2,600 images on two cores. The workspace, `runs/<pipeline name>/` by default, then holds
 `serving_model/<version>/`, `report.html`, `run.json` and `run.log`. Exit codes: 0 blessed and pushed; 1 failed; 2 wrong input
 or configuration; 3 not blessed, nothing pushed; 4 stopped by the data gate.
 """

@@ -29,13 +29,13 @@ DEBUG_VARIABLE = f"{ENVIRONMENT_PREFIX}DEBUG"
 _OWN_VARIABLES = (CONFIG_VARIABLE, DEBUG_VARIABLE)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # Tests of the plumbing: a few dozen small images end to end in about 20 seconds on two cores; the gate is wide open.
+    # Tests of the plumbing: a few dozen small images end to end in under a minute on two cores; the gate is wide open.
     "smoke": {
         "preprocessing": {"image_size": 64},
         "training": {"epochs": 30, "batch_size": 16},
         "evaluation": {"min_accuracy": 0.6, "min_class_accuracy": 0.3, "min_slice_accuracy": 0.3},
     },
-    # Transfer learning on the frozen backbone: about a minute for 2,600 images on two cores; README has the accuracies.
+    # Transfer learning on the frozen backbone: one to two minutes for 2,600 images on two cores; README has the accuracies.
     "default": {},
 }
 
