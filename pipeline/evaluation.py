@@ -1,4 +1,4 @@
-"""What the model is judged by: metrics, slices and thresholds as a `tfma.EvalConfig`, and its verdict in words.
+"""What the model is judged by: metrics, slices and thresholds as TFMA's `EvalConfig`, and its verdict in words.
 
 Called by `pipeline.pipeline` to configure the Evaluator and by `local_runner.py` to read what it found.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import pydantic
 import tensorflow_model_analysis as tfma
 from google.protobuf import text_format
+from tensorflow_model_analysis.proto import config_pb2  # TFMA 0.52 does not carry them at its top
 
 from data.features import LABEL_KEY, transformed_name
 from models.signatures import EXAMPLES, PROBABILITIES, TRANSFORM_FEATURES
@@ -65,7 +66,7 @@ class Evaluation:
     has_baseline: bool
 
 
-def eval_config(config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str]) -> tfma.EvalConfig:
+def eval_config(config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str]) -> config_pb2.EvalConfig:
     """Builds the Evaluator's configuration.
 
     Args:
@@ -76,49 +77,49 @@ def eval_config(config: EvaluationConfig, class_names: Sequence[str], columns: S
     class_slices = [{LABEL_KEY: name} for name in class_names]
     metrics = [
         _accuracy_with_thresholds(config, class_slices, columns),
-        tfma.MetricConfig(class_name="SparseCategoricalCrossentropy", config=f'"name": "{LOSS}"'),
-        tfma.MetricConfig(class_name="ExampleCount"),
-        tfma.MetricConfig(class_name="MultiClassConfusionMatrixPlot", config=f'"name": "{_CONFUSION_MATRIX}"'),
+        config_pb2.MetricConfig(class_name="SparseCategoricalCrossentropy", config=f'"name": "{LOSS}"'),
+        config_pb2.MetricConfig(class_name="ExampleCount"),
+        config_pb2.MetricConfig(class_name="MultiClassConfusionMatrixPlot", config=f'"name": "{_CONFUSION_MATRIX}"'),
     ]
     slices = [[], [LABEL_KEY], *([column] for column in columns), *([column, LABEL_KEY] for column in columns)]
-    return tfma.EvalConfig(
+    return config_pb2.EvalConfig(
         model_specs=[
-            tfma.ModelSpec(
+            config_pb2.ModelSpec(
                 signature_name=EXAMPLES,
                 preprocessing_function_names=[TRANSFORM_FEATURES],
                 label_key=transformed_name(LABEL_KEY),
                 prediction_key=PROBABILITIES,
             )
         ],
-        metrics_specs=[tfma.MetricsSpec(metrics=metrics)],
-        slicing_specs=[tfma.SlicingSpec(feature_keys=keys) for keys in slices],
+        metrics_specs=[config_pb2.MetricsSpec(metrics=metrics)],
+        slicing_specs=[config_pb2.SlicingSpec(feature_keys=keys) for keys in slices],
     )
 
 
 def _accuracy_with_thresholds(
     config: EvaluationConfig, class_slices: list[dict[str, str]], columns: Sequence[str]
-) -> tfma.MetricConfig:
-    def lower_bound(value: float) -> tfma.GenericValueThreshold:
-        return tfma.GenericValueThreshold(lower_bound={"value": value})
+) -> config_pb2.MetricConfig:
+    def lower_bound(value: float) -> config_pb2.GenericValueThreshold:
+        return config_pb2.GenericValueThreshold(lower_bound={"value": value})
 
-    def per_slice(specs: list[tfma.SlicingSpec], value: float) -> tfma.PerSliceMetricThreshold:
-        return tfma.PerSliceMetricThreshold(
-            slicing_specs=specs, threshold=tfma.MetricThreshold(value_threshold=lower_bound(value))
+    def per_slice(specs: list[config_pb2.SlicingSpec], value: float) -> config_pb2.PerSliceMetricThreshold:
+        return config_pb2.PerSliceMetricThreshold(
+            slicing_specs=specs, threshold=config_pb2.MetricThreshold(value_threshold=lower_bound(value))
         )
 
-    return tfma.MetricConfig(
+    return config_pb2.MetricConfig(
         class_name="SparseCategoricalAccuracy",
         config=f'"name": "{ACCURACY}"',
-        threshold=tfma.MetricThreshold(
+        threshold=config_pb2.MetricThreshold(
             value_threshold=lower_bound(config.min_accuracy),
-            change_threshold=tfma.GenericChangeThreshold(
-                direction=tfma.MetricDirection.HIGHER_IS_BETTER, absolute={"value": -config.max_accuracy_drop}
+            change_threshold=config_pb2.GenericChangeThreshold(
+                direction=config_pb2.MetricDirection.HIGHER_IS_BETTER, absolute={"value": -config.max_accuracy_drop}
             ),
         ),
         # Each class by its name: a class that the test split lacks is then a missing slice, which fails.
         per_slice_thresholds=[
-            per_slice([tfma.SlicingSpec(feature_values=values) for values in class_slices], config.min_class_accuracy),
-            *(per_slice([tfma.SlicingSpec(feature_keys=[name])], config.min_slice_accuracy) for name in columns),
+            per_slice([config_pb2.SlicingSpec(feature_values=values) for values in class_slices], config.min_class_accuracy),
+            *(per_slice([config_pb2.SlicingSpec(feature_keys=[name])], config.min_slice_accuracy) for name in columns),
         ],
     )
 

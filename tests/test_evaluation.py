@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow_model_analysis as tfma
 from google.protobuf import text_format
-from tensorflow_model_analysis.proto import validation_result_pb2
+from tensorflow_model_analysis.proto import config_pb2, validation_result_pb2
 
 from data.errors import InputError, validate
 from pipeline.evaluation import (
@@ -110,7 +110,7 @@ def test_reasons_are_never_empty():
     assert _reasons_of("validation_ok: false rubber_stamp: true") == ["the Evaluator refused it: rubber_stamp: true"]
 
 
-def _accuracy(columns=("camera",)) -> tfma.MetricConfig:
+def _accuracy(columns=("camera",)) -> config_pb2.MetricConfig:
     (specs,) = eval_config(CONFIG, ["cat", "dog"], columns).metrics_specs
     (accuracy,) = [metric for metric in specs.metrics if '"accuracy"' in metric.config]
     return accuracy
@@ -121,7 +121,7 @@ def test_eval_config_has_the_thresholds_over_all_images():
 
     assert threshold.value_threshold.lower_bound.value == 0.8
     assert threshold.change_threshold.absolute.value == -0.02
-    assert threshold.change_threshold.direction == tfma.MetricDirection.HIGHER_IS_BETTER
+    assert threshold.change_threshold.direction == config_pb2.MetricDirection.HIGHER_IS_BETTER
 
 
 def test_eval_config_has_a_threshold_for_each_class_and_column():

@@ -18,8 +18,8 @@ sys.path.insert(0, _ROOT)
 
 import keras
 import tensorflow as tf
-import tensorflow_model_analysis as tfma
 import tensorflow_transform as tft
+from tensorflow_model_analysis.proto import config_pb2
 from tfx import v1 as tfx
 
 from data.features import SPLITS
@@ -151,24 +151,24 @@ def create_pipeline(records: str, workspace: str, epochs: int) -> tfx.dsl.Pipeli
         example_splits=["test"],
         model=trainer.outputs["model"],
         baseline_model=resolver.outputs["model"],
-        eval_config=tfma.EvalConfig(
+        eval_config=config_pb2.EvalConfig(
             model_specs=[
-                tfma.ModelSpec(
+                config_pb2.ModelSpec(
                     signature_name="serving_default",
                     preprocessing_function_names=["transform_features"],
                     label_key="label_xf",
                     prediction_key="probabilities",
                 )
             ],
-            slicing_specs=[tfma.SlicingSpec(), tfma.SlicingSpec(feature_keys=["label"])],
+            slicing_specs=[config_pb2.SlicingSpec(), config_pb2.SlicingSpec(feature_keys=["label"])],
             metrics_specs=[
-                tfma.MetricsSpec(
+                config_pb2.MetricsSpec(
                     metrics=[
-                        tfma.MetricConfig(class_name="ExampleCount"),
-                        tfma.MetricConfig(
+                        config_pb2.MetricConfig(class_name="ExampleCount"),
+                        config_pb2.MetricConfig(
                             class_name="SparseCategoricalAccuracy",
-                            threshold=tfma.MetricThreshold(
-                                value_threshold=tfma.GenericValueThreshold(lower_bound={"value": 0.5})
+                            threshold=config_pb2.MetricThreshold(
+                                value_threshold=config_pb2.GenericValueThreshold(lower_bound={"value": 0.5})
                             ),
                         ),
                     ]
