@@ -10,10 +10,13 @@ BIN := $(VENV)/bin
 GLIBC := $(shell getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2)
 NEWEST := $(shell printf '2.38\n$(or $(GLIBC),0)\n' | sort -V | head -n1 | grep -qx 2.38 && echo 1.21 || echo 1.16)
 TFX ?= $(NEWEST)
+ifeq ($(filter $(TFX),1.16 1.21),)
+$(error Expected TFX to be 1.16 or 1.21. Received: TFX=$(TFX))
+endif
 LOCK := requirements-tfx$(TFX).lock
 STAMP := $(VENV)/.installed-$(TFX)
 
-.PHONY: help setup run test lint format bench lock clean
+.PHONY: help setup run test test-newest newest lint format bench lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +30,17 @@ run: setup ## take the default data set, or ARGS="--data PATH", from images to a
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# OTHER_STACK is the interpreter that tests/test_stacks.py exchanges models with.
+test-newest: setup ## run the tests on TFX 1.21; in a Debian 13 root where this machine's C library is too old for it
+ifeq ($(NEWEST),1.21)
+	@$(MAKE) --no-print-directory test TFX=1.21
+else
+	@PYTHON=$(PYTHON) OTHER_STACK=$(CURDIR)/$(BIN)/python bash .ci/newest make test TFX=1.21 VENV=.cache/tfx-1.21
+endif
+
+newest: # the newest TFX that this machine's C library can load
+	@echo $(NEWEST)
+
 lint: setup ## check style
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -38,19 +52,22 @@ format: setup ## mend style
 bench: setup ## measure the whole run against a tutorial-style TFX pipeline (about half an hour)
 	@$(BIN)/python tests/benchmarks/whole_run.py $(ARGS)
 
-lock: ## resolve pyproject.toml anew into both locks
+lock: ## resolve pyproject.toml anew into the locks
 	@test -x $(BIN)/uv || $(MAKE) setup
-	@for tfx in 1.16 1.21; do \
-	  platform=x86_64-manylinux_2_28; [ $$tfx = 1.21 ] && platform=x86_64-manylinux_2_39; \
-	  $(BIN)/uv pip compile --quiet pyproject.toml --extra tfx-$${tfx/./-} --group dev --python-version 3.11 \
+	@for lock in tfx1.16 tfx1.21 tfx1.21-cuda; do \
+	  platform=x86_64-manylinux_2_39 extras="--extra tfx-1-21"; \
+	  case $$lock in tfx1.16) platform=x86_64-manylinux_2_28 extras="--extra tfx-1-16";; *-cuda) extras="$$extras --extra cuda";; esac; \
+	  $(BIN)/uv pip compile --quiet pyproject.toml $$extras --group dev --python-version 3.11 \
 	    --python-platform $$platform --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
-	    --custom-compile-command "make lock" --output-file requirements-tfx$$tfx.lock || exit 1; \
+	    --custom-compile-command "make lock" --output-file requirements-$$lock.lock || exit 1; \
 	done
 
 clean: ## remove the environment and the caches, but no run
 	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache
 
 $(STAMP): $(LOCK)
+	@test "$(TFX)" = 1.16 -o "$(NEWEST)" = 1.21 || { \
+	  echo "error: Expected glibc 2.38 or newer for TFX 1.21. Received: glibc $(GLIBC). Take TFX=1.16; \`make test-newest\` tests 1.21 here." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "error: Expected Python 3.11. Received: $$($(PYTHON) --version 2>&1). Install it, or set PYTHON=/path/to/python3.11." >&2; exit 2; }
 	@command -v g++ >/dev/null || { \
