@@ -13,7 +13,12 @@ LABEL_KEY = "label"  # string: a line of labels.txt
 FILENAME_KEY = "filename"  # string: where the image came from
 HEIGHT_KEY = "height"  # int64: pixels
 WIDTH_KEY = "width"  # int64: pixels
-RECORD_KEYS = (IMAGE_KEY, LABEL_KEY, FILENAME_KEY, HEIGHT_KEY, WIDTH_KEY)
+# Cheap facts of the image, for statistics, drift and slices.
+ASPECT_KEY = "aspect"  # float: width / height
+BRIGHTNESS_KEY = "brightness"  # float: mean grey value, in [0, 1]
+CHANNELS_KEY = "channels"  # int64: as in the file; 1 grey, 2 grey and alpha, 3 colour, 4 colour and alpha (or CMYK)
+FACT_KEYS = (HEIGHT_KEY, WIDTH_KEY, ASPECT_KEY, BRIGHTNESS_KEY, CHANNELS_KEY)
+RECORD_KEYS = (IMAGE_KEY, LABEL_KEY, FILENAME_KEY, *FACT_KEYS)
 
 TRAIN_SPLIT = "train"
 VALID_SPLIT = "valid"
@@ -31,7 +36,15 @@ def transformed_name(key: str) -> str:
 
 
 def make_example(
-    *, image: bytes, label: str, filename: str, height: int, width: int, columns: dict[str, str]
+    *,
+    image: bytes,
+    label: str,
+    filename: str,
+    height: int,
+    width: int,
+    brightness: float,
+    channels: int,
+    columns: dict[str, str],
 ) -> tf.train.Example:
     """Builds the record of one image.
 
@@ -41,6 +54,8 @@ def make_example(
       filename: where the image came from.
       height: pixels.
       width: pixels.
+      brightness: mean grey value, in [0, 1].
+      channels: of the file, 1 to 4.
       columns: extra column -> value, one string feature each.
     """
 
@@ -50,12 +65,18 @@ def make_example(
     def int_feature(value: int) -> tf.train.Feature:
         return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
+    def float_feature(value: float) -> tf.train.Feature:
+        return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
+
     features = {
         IMAGE_KEY: bytes_feature(image),
         LABEL_KEY: bytes_feature(label.encode()),
         FILENAME_KEY: bytes_feature(filename.encode("utf-8", "surrogateescape")),
         HEIGHT_KEY: int_feature(height),
         WIDTH_KEY: int_feature(width),
+        ASPECT_KEY: float_feature(width / height),
+        BRIGHTNESS_KEY: float_feature(brightness),
+        CHANNELS_KEY: int_feature(channels),
     }
     features.update({name: bytes_feature(value.encode()) for name, value in columns.items()})
     return tf.train.Example(features=tf.train.Features(feature=features))
@@ -88,6 +109,11 @@ def make_schema(class_names: Sequence[str], columns: Sequence[str]) -> schema_pb
     add(LABEL_KEY, schema_pb2.BYTES).string_domain.value.extend(class_names)
     add(HEIGHT_KEY, schema_pb2.INT).int_domain.min = 1
     add(WIDTH_KEY, schema_pb2.INT).int_domain.min = 1
+    add(ASPECT_KEY, schema_pb2.FLOAT).float_domain.min = 0
+    brightness = add(BRIGHTNESS_KEY, schema_pb2.FLOAT).float_domain
+    brightness.min, brightness.max = 0, 1
+    channels = add(CHANNELS_KEY, schema_pb2.INT).int_domain
+    channels.min, channels.max = 1, 4
     for name in columns:
         add(name, schema_pb2.BYTES)
     return schema
@@ -101,5 +127,8 @@ def feature_spec(columns: Sequence[str] = ()) -> dict[str, tf.io.FixedLenFeature
         FILENAME_KEY: tf.io.FixedLenFeature([], tf.string),
         HEIGHT_KEY: tf.io.FixedLenFeature([], tf.int64),
         WIDTH_KEY: tf.io.FixedLenFeature([], tf.int64),
+        ASPECT_KEY: tf.io.FixedLenFeature([], tf.float32),
+        BRIGHTNESS_KEY: tf.io.FixedLenFeature([], tf.float32),
+        CHANNELS_KEY: tf.io.FixedLenFeature([], tf.int64),
     }
     return spec | {name: tf.io.FixedLenFeature([], tf.string) for name in columns}

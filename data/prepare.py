@@ -228,9 +228,10 @@ class ReadImage(beam.DoFn):
         if not encoded:
             raise ValueError("the file is empty")
         try:
-            height, width, _ = tf.io.decode_image(encoded, channels=3, expand_animations=False).shape
+            pixels = tf.io.decode_image(encoded, expand_animations=False).numpy()
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(f"it cannot be decoded: {error.message.split('[Op:')[0].strip()}") from error
+        height, width, channels = pixels.shape
         digest = hashlib.sha256(encoded).hexdigest()
         example = make_example(
             image=encoded,
@@ -238,6 +239,8 @@ class ReadImage(beam.DoFn):
             filename=reference.path,
             height=height,
             width=width,
+            brightness=float(pixels.mean()) / 255,
+            channels=channels,
             columns=dict(zip(self._columns, reference.columns, strict=True)),
         )
         return _Record(

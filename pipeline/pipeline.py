@@ -33,7 +33,7 @@ from tfx.types import Channel, standard_artifacts
 
 from data.errors import InputError
 from data.features import (
-    HEIGHT_KEY,
+    FACT_KEYS,
     LABEL_KEY,
     RECORD_KEYS,
     SCHEMA_FILE,
@@ -42,7 +42,6 @@ from data.features import (
     TEST_SPLIT,
     TRAIN_SPLIT,
     VALID_SPLIT,
-    WIDTH_KEY,
 )
 from data.fingerprint import code_fingerprint
 from data.prepare import DataConfig, read_class_names
@@ -129,10 +128,10 @@ def create_pipeline(
         ),
     )
 
-    # What the data is: over labels, sizes and columns, never over image bytes.
+    # What the data is: over labels, columns and cheap facts of the images, never over their bytes.
     statistics_gen = StatisticsGen(
         examples=example_gen.outputs["examples"],
-        stats_options=tfdv.StatsOptions(feature_allowlist=[LABEL_KEY, HEIGHT_KEY, WIDTH_KEY, *records.columns]),
+        stats_options=tfdv.StatsOptions(feature_allowlist=[LABEL_KEY, *FACT_KEYS, *records.columns]),
     )
 
     # What the data must be: written beside the records. Without a fingerprint the file may have changed, so it is read anew.

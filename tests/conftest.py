@@ -145,6 +145,7 @@ def transform_graph(tmp_path_factory: pytest.TempPathFactory, encode: Callable[.
     settings = {"image_size": TRANSFORM_IMAGE_SIZE, "class_names": list(CLASS_NAMES)}
     black = encode(np.zeros((4, 4, 3), np.uint8))
     record = {"image": black, "label": b"circle", "filename": b"black.png", "height": 4, "width": 4}
+    record |= {"aspect": 1.0, "brightness": 0.0, "channels": 3}
     options = PipelineOptions(["--runner=FnApiRunner"])
     with (
         beam.Pipeline(options=options) as pipeline,
@@ -175,6 +176,8 @@ def write_records(encode: Callable[..., bytes]) -> Callable[..., str]:
                     filename=f"{number}.png",
                     height=height,
                     width=width,
+                    brightness=0.5,
+                    channels=3,
                     columns={},
                 )
                 writer.write(example.SerializeToString())

@@ -4,7 +4,7 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
 
-from data.features import RECORD_KEYS, SPLITS, feature_spec, make_example, make_schema, transformed_name
+from data.features import FACT_KEYS, RECORD_KEYS, SPLITS, feature_spec, make_example, make_schema, transformed_name
 
 
 def _example(**changes):
@@ -14,13 +14,15 @@ def _example(**changes):
         "filename": "a, b/ü.png",
         "height": 3,
         "width": 5,
+        "brightness": 0.25,
+        "channels": 3,
         "columns": {"camera": "left"},
     }
     return make_example(**settings | changes)
 
 
 def test_names_are_those_of_the_contract():
-    assert RECORD_KEYS == ("image", "label", "filename", "height", "width")
+    assert RECORD_KEYS == ("image", "label", "filename", "height", "width", "aspect", "brightness", "channels")
     assert SPLITS == ("train", "valid", "test")
     assert transformed_name("label") == "label_xf"
 
@@ -36,6 +38,9 @@ def test_make_example_is_read_back_by_feature_spec():
         "filename": "a, b/ü.png".encode(),
         "height": 3,
         "width": 5,
+        "aspect": np.float32(5 / 3),
+        "brightness": 0.25,
+        "channels": 3,
         "camera": b"left",
     }
     assert parsed["height"].dtype == tf.int64
@@ -85,7 +90,7 @@ def test_make_schema_demands_only_the_features_that_have_statistics():
     features = {feature.name: feature for feature in make_schema(["a", "b"], ["camera"]).feature}
 
     required = {name for name, feature in features.items() if feature.presence.min_count}
-    assert required == {"label", "height", "width", "camera"}
+    assert required == {"label", *FACT_KEYS, "camera"}
     assert all(features[name].presence.min_fraction == 1.0 for name in required)
 
 
@@ -104,14 +109,19 @@ def test_make_schema_finds_what_does_not_obey_it():
     import tensorflow_data_validation as tfdv
 
     schema = make_schema(["a", "b"], ["camera"])
-    options = tfdv.StatsOptions(feature_allowlist=["label", "height", "width", "camera"])
+    options = tfdv.StatsOptions(feature_allowlist=["label", *FACT_KEYS, "camera"])
 
-    def anomalies(label, height):
+    def anomalies(label, height, brightness=0.5, channels=3):
         import pyarrow
 
-        batch = pyarrow.RecordBatch.from_pydict(
-            {"label": [[label]], "height": [[height]], "width": [[5]], "camera": [[b"left"]]}
-        )
+        facts = {
+            "height": [[height]],
+            "width": [[5]],
+            "aspect": [[1.5]],
+            "brightness": [[brightness]],
+            "channels": [[channels]],
+        }
+        batch = pyarrow.RecordBatch.from_pydict({"label": [[label]], "camera": [[b"left"]], **facts})
         from tensorflow_data_validation.statistics import stats_impl
 
         statistics = stats_impl.generate_statistics_in_memory(batch, options)
@@ -120,3 +130,5 @@ def test_make_schema_finds_what_does_not_obey_it():
     assert anomalies(b"a", 3) == set()
     assert anomalies(b"c", 3) == {"label"}
     assert anomalies(b"b", 0) == {"height"}
+    assert anomalies(b"b", 3, brightness=1.5) == {"brightness"}
+    assert anomalies(b"b", 3, channels=5) == {"channels"}

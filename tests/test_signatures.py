@@ -68,7 +68,7 @@ def _serialized(encoded: list[bytes], labels=("circle", "square", "circle")) -> 
     return tf.constant(
         [
             make_example(
-                image=image, label=label, filename="", height=1, width=1, columns={"camera": "left"}
+                image=image, label=label, filename="", height=1, width=1, brightness=0, channels=3, columns={"camera": "left"}
             ).SerializeToString()
             for image, label in zip(encoded, labels, strict=True)
         ]
