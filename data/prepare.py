@@ -4,70 +4,65 @@
     python -m data.prepare --input gs://b/photos --output gs://b/records -- --runner=DataflowRunner --project=p ...
 
 Every image is read and decoded once. What cannot be used goes to a quarantine list and the job goes on; a share above
-`max_quarantined_fraction` stops it. The encoded bytes are stored as they are, and a hash of them decides the split, so the
-same image always lands in the same one and exact duplicates never straddle two. 2,624 images take 10 to 20 seconds on two
-cores. `local_runner.py` calls `prepare` too.
+`max_quarantined_fraction` stops it. The bytes are stored as they came where training can use them. A hash of them decides the
+split, so the same image always lands in the same one; images that look alike share one. 2,624 images take 10 to 20 seconds
+on two cores. `local_runner.py` calls `prepare` too; the steps of the job are in `data.steps`.
 """
 
-import argparse
-import dataclasses
-import hashlib
-import json
 import logging
 import os
+import warnings
+
+if __name__ == "__main__":  # before the libraries below speak on the terminal
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger().addHandler(logging.NullHandler())
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
 import socket
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 import pydantic
 import tensorflow as tf
 from apache_beam.options.pipeline_options import PipelineOptions
+from google.protobuf import text_format
+from tensorflow_metadata.proto.v0 import schema_pb2
 
 from data.errors import EXIT_DONE, InputError, report_error, validate
-from data.features import (
-    LABELS_FILE,
-    SCHEMA_FILE,
-    SCHEMA_FOLDER,
-    SPLITS,
-    TEST_SPLIT,
-    TRAIN_SPLIT,
-    VALID_SPLIT,
-    make_example,
-    make_schema,
-)
+from data.features import LABELS_FILE, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, make_schema
 from data.fingerprint import code_fingerprint
-from data.sources import ELPV, ImageReference, Source, is_prepared, open_source, read_lines
+from data.inspection import ImageLimits, is_remote
+from data.sources import ELPV, Source, is_prepared, open_source, read_lines
+from data.splits import SplitConfig
+from data.steps import PARTS_FOLDER, RESULTS, build_job
 
 logger = logging.getLogger("tfx_vision")
 
 REPORT_FILE = "report.json"
 QUARANTINE_FILE = "quarantine.json"
-_REPORT_SECONDS = 2.0
-_TARGET_SHARD_BYTES = 150_000_000
-# What no retry would mend; anything else, such as a bucket out of reach, fails the job so that its runner tries again.
-_PERMANENT_ERRORS = (
-    tf.errors.NotFoundError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.PermissionDeniedError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.UnimplementedError,
-)
-_SAMPLED_SIZES = 200  # images whose size is looked up to choose the number of shards
+MIN_EVALUATED = 10  # images of a class in a split, below which its accuracy says little
+_IMAGES_PER_LISTING = 256  # the smallest piece of work that Beam gives to a worker
+_NUM_STATUS_REQUESTS = 64
+_LARGE_SIDE = 1_500  # pixels; decoding larger photographs at every epoch takes longer than training on them
 
 
-class DataConfig(pydantic.BaseModel):
-    """Where the images come from and how they are split.
+class DataConfig(ImageLimits, SplitConfig):
+    """Where the images come from and what becomes of them.
 
     Attributes:
-      input: `elpv`, a folder per class, a CSV, or a folder of records that `data.prepare` wrote; local or gs://.
-      valid_fraction: share of the images that early stopping watches, in (0, 1).
-      test_fraction: share of the images that the gate judges by, in (0, 1).
-      split_salt: any text; another one draws another split.
+      input: `elpv`, a folder per class, a CSV, or a folder of TFRecords; local or gs://.
       max_quarantined_fraction: share of unusable images, in [0, 1], above which nothing is written.
+      num_readers: processes that will read the records side by side, each of which gets a shard at least.
+      schema_file: a schema to take in place of the generated one, such as an edited copy of it; local or gs://.
       slice_columns: extra columns whose values become slices of the evaluation; None takes all of them.
       class_names: the ordered class list, for compiling a pipeline whose records cannot be read from here.
     """
@@ -75,32 +70,11 @@ class DataConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     input: str = ELPV
-    valid_fraction: float = pydantic.Field(0.1, gt=0, lt=1)
-    test_fraction: float = pydantic.Field(0.1, gt=0, lt=1)
-    split_salt: str = ""
     max_quarantined_fraction: float = pydantic.Field(0.05, ge=0, le=1)
+    num_readers: int = pydantic.Field(1, ge=1)
+    schema_file: str = ""
     slice_columns: tuple[str, ...] | None = None
     class_names: tuple[str, ...] = ()
-
-    @pydantic.model_validator(mode="after")
-    def _leave_images_to_train_on(self) -> "DataConfig":
-        if self.valid_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                "Expected `valid_fraction` + `test_fraction` to be below 1, as the rest is trained on. Received: "
-                f"{self.valid_fraction} + {self.test_fraction}. Take the defaults, 0.1 and 0.1."
-            )
-        return self
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """One usable image on its way to a shard."""
-
-    digest: str
-    split: str
-    label: str
-    path: str
-    serialized: bytes
 
 
 def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
@@ -109,13 +83,14 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
     Args:
       config: source and splits.
       output: folder to make: `{split}-{i}-of-{n}.tfrecord.gz`, `labels.txt`, `schema/schema.pbtxt`, `report.json`,
-        `quarantine.json`.
+        `quarantine.json`, `report.html`.
       beam_args: options of Beam, such as `--runner=DataflowRunner`; without any, the job runs in this process.
       overwrite: replace a folder that holds other records.
 
     Returns:
-      The report: `input`, `images` listed, `counts` {split: {class: images}}, `quarantined`, `duplicates`, `class_names`,
-      `columns`, `shards` {file: SHA-256}, `fingerprint`, `reused`.
+      The report: `input`, `images` listed, `counts` {split: {class: images}}, `quarantined`, `duplicates`, `near_duplicates`,
+      `warnings`, `conversions`, `facts`, `column_counts`, `class_names`, `columns`, `shards` {file: SHA-256}, `schema` (its
+      SHA-256), `fingerprint`, `reused`.
 
     Raises:
       InputError: if the source is unusable, too much of it is, or `output` exists and `overwrite` is off.
@@ -129,6 +104,7 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
     if is_complete and previous["fingerprint"] == fingerprint:
         return previous | {"reused": True}
     _check_output(config, output, previous, overwrite=overwrite)
+    _check_edits(config, output, previous)
     temporary = f"{output}.tmp-{_process_name()}"
     if tf.io.gfile.exists(temporary):
         tf.io.gfile.rmtree(temporary)
@@ -167,189 +143,44 @@ def read_class_names(folder: str) -> tuple[str, ...]:
     return read_lines(os.path.join(folder, LABELS_FILE))
 
 
-def choose_split(digest: str, config: DataConfig) -> str:
-    """Chooses the split of an image by the SHA-256 digest of its encoded bytes.
-
-    Args:
-      digest: hexadecimal digest.
-      config: fractions and salt.
-    """
-    if config.split_salt:
-        digest = hashlib.sha256(f"{config.split_salt}{digest}".encode()).hexdigest()
-    position = int(digest[:8], 16) / 16**8
-    if position < config.test_fraction:
-        return TEST_SPLIT
-    if position < config.test_fraction + config.valid_fraction:
-        return VALID_SPLIT
-    return TRAIN_SPLIT
-
-
-class ReadImage(beam.DoFn):
-    """Reads, decodes and hashes one image; what cannot be used leaves by the output `quarantine`."""
-
-    QUARANTINE = "quarantine"
-
-    def __init__(self, config: DataConfig, class_names: Sequence[str], columns: Sequence[str]):
-        self._config = config
-        self._class_names = frozenset(class_names)
-        self._columns = tuple(columns)
-
-    def setup(self) -> None:
-        """Starts to count, for the log."""
-        self._num_images = 0
-        self._reported = time.monotonic()
-
-    def process(self, reference: ImageReference) -> Iterator[Any]:
-        """Yields a `_Record`, or a dict of file, label, reason and line."""
-        self._num_images += 1
-        if time.monotonic() - self._reported > _REPORT_SECONDS:
-            logger.info("checked %s images", f"{self._num_images:,}")
-            self._reported = time.monotonic()
-        try:
-            yield self._read(reference)
-        except (*_PERMANENT_ERRORS, ValueError) as error:
-            reason = error.message if isinstance(error, tf.errors.OpError) else str(error)
-            rejected = {
-                "file": reference.path,
-                "label": reference.label,
-                "reason": reason.split("\n")[0][:300],
-                "line": reference.line,
-            }
-            yield beam.pvalue.TaggedOutput(self.QUARANTINE, rejected)
-
-    def _read(self, reference: ImageReference) -> _Record:
-        if reference.label not in self._class_names:
-            raise ValueError(f"the label {reference.label!r} is not in the list of classes")
-        try:
-            with tf.io.gfile.GFile(reference.path, "rb") as file:
-                encoded = file.read()
-        except tf.errors.NotFoundError as error:
-            raise ValueError("there is no such file") from error
-        if not encoded:
-            raise ValueError("the file is empty")
-        try:
-            pixels = tf.io.decode_image(encoded, expand_animations=False).numpy()
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(f"it cannot be decoded: {error.message.split('[Op:')[0].strip()}") from error
-        height, width, channels = pixels.shape
-        digest = hashlib.sha256(encoded).hexdigest()
-        example = make_example(
-            image=encoded,
-            label=reference.label,
-            filename=reference.path,
-            height=height,
-            width=width,
-            brightness=float(pixels.mean()) / 255,
-            channels=channels,
-            columns=dict(zip(self._columns, reference.columns, strict=True)),
-        )
-        return _Record(
-            digest=digest,
-            split=reference.split or choose_split(digest, self._config),
-            label=reference.label,
-            path=reference.path,
-            serialized=example.SerializeToString(deterministic=True),
-        )
-
-
-class WriteShard(beam.DoFn):
-    """Writes one shard in the order of the content's hash, each image once, and tells what it wrote."""
-
-    def __init__(self, folder: str, num_shards: dict[str, int]):
-        self._folder = folder
-        self._num_shards = num_shards
-
-    def process(self, keyed: tuple[tuple[str, int], Iterable[_Record]]) -> Iterator[dict[str, Any]]:
-        """Yields a dict of file, its SHA-256, split, images per class and duplicates left out."""
-        (split, shard), records = keyed
-        name = f"{split}-{shard:05d}-of-{self._num_shards[split]:05d}.tfrecord.gz"
-        counts: Counter[str] = Counter()
-        duplicates = []
-        last = None
-        path = os.path.join(self._folder, name)
-        with tf.io.TFRecordWriter(path, tf.io.TFRecordOptions(compression_type="GZIP", compression_level=1)) as writer:
-            for record in sorted(records, key=lambda record: (record.digest, record.label, record.path)):
-                if last is not None and record.digest == last.digest:
-                    duplicates.append({"file": record.path, "label": record.label, "same_as": last.path})
-                    continue
-                writer.write(record.serialized)
-                counts[record.label] += 1
-                last = record
-        with tf.io.gfile.GFile(path, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
-        yield {"file": name, "sha256": digest, "split": split, "counts": dict(counts), "duplicates": duplicates}
-
-
 def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) -> dict[str, Any]:
-    num_shards = _num_shards(config, source)
+    schema = _schema(config, source)
+    listings = _write_listings(source, os.path.join(folder, "listings"))
     results = os.path.join(folder, "results")
-
-    def key_by_shard(record: _Record) -> tuple[tuple[str, int], _Record]:
-        return (record.split, int(record.digest[8:16], 16) % num_shards[record.split]), record
 
     # FnApiRunner is the in-process runner that neither looks for a Go binary on the network nor loses records.
     options = PipelineOptions(beam_args or ["--runner=FnApiRunner"], save_main_session=False)
     with beam.Pipeline(options=options) as pipeline:
-        read = (
-            pipeline
-            | "List images" >> beam.Create(source.references)
-            | "Spread over workers" >> beam.Reshuffle()
-            | "Read and check"
-            >> beam.ParDo(ReadImage(config, source.class_names, source.columns)).with_outputs(
-                ReadImage.QUARANTINE, main="records"
-            )
+        build_job(
+            pipeline,
+            listings,
+            limits=ImageLimits(**config.model_dump(include=set(ImageLimits.model_fields))),
+            splits=SplitConfig(**config.model_dump(include=set(SplitConfig.model_fields))),
+            source=dataclasses.replace(source, references=()),
+            num_readers=config.num_readers,
+            folder=folder,
+            results=results,
         )
-        straddling = (
-            read.records
-            | "Pair content with split" >> beam.Map(lambda record: (record.digest, (record.split, record.path)))
-            | "Group by content" >> beam.GroupByKey()
-            | "Keep what straddles splits" >> beam.FlatMap(_straddling)
-        )
-        for name, lines in (
-            ("straddling", straddling),
-            (
-                "shards",
-                read.records
-                | "Choose shard" >> beam.Map(key_by_shard)
-                | "Group by shard" >> beam.GroupByKey()
-                | "Write shard" >> beam.ParDo(WriteShard(folder, num_shards)),
-            ),
-            ("quarantine", read[ReadImage.QUARANTINE]),
-        ):
-            _ = (
-                lines
-                | f"Encode {name}" >> beam.Map(json.dumps)
-                | f"Report {name}" >> beam.io.WriteToText(os.path.join(results, name), num_shards=1)
-            )
 
-    shards = sorted(_read_results(results, "shards"), key=lambda shard: shard["file"])
-    quarantine = sorted(_read_results(results, "quarantine"), key=lambda row: (row["file"], row["line"] or 0))
-    straddling = sorted(_read_results(results, "straddling"), key=str)
-    tf.io.gfile.rmtree(results)
-    if straddling:
-        raise InputError(
-            "Expected every image in one split. Received: "
-            + " and ".join(f"{path} in {split}" for split, path in straddling[0])
-            + f", the same image{f' (and {len(straddling) - 1} more)' if len(straddling) > 1 else ''}. "
-            "A model would be tested on what it was trained on: mend the split column."
-        )
+    found = {name: list(_read_results(results, name)) for name in RESULTS}
+    for name in (results, os.path.join(folder, "listings"), os.path.join(folder, PARTS_FOLDER)):
+        tf.io.gfile.rmtree(name)
+    shards = sorted(found["shards"], key=lambda shard: shard["file"])
+    quarantine = sorted(found["quarantine"], key=lambda row: (row["file"], row["line"] or 0))
+    duplicates = sorted(found["duplicates"], key=lambda row: (row["file"], row["same_as"]))
+    groups = sorted(found["groups"], key=lambda group: group["files"][0]["file"])
     counts = {split: dict.fromkeys(source.class_names, 0) for split in SPLITS}
-    duplicates = []
     for shard in shards:
-        duplicates += shard["duplicates"]
         for label, number in shard["counts"].items():
             counts[shard["split"]][label] += number
-    num_records = sum(sum(split.values()) for split in counts.values())
-    num_images = len(source.references)
-    if num_records + len(duplicates) + len(quarantine) != num_images:
-        raise RuntimeError(
-            f"Expected every one of {num_images} images as a record, a duplicate or in quarantine. "
-            f"Received: {num_records} + {len(duplicates)} + {len(quarantine)}. The Beam runner lost records."
-        )
+    num_images = _check_nothing_lost(source, listings, found["tallies"], counts, duplicates, quarantine)
+    _check_straddling(found["straddling"])
     _check_quarantine(config, quarantine, num_images)
-    _check_counts(config, counts)
+    _check_counts(counts)
+    facts = {fact: _range(_merge(shards, "facts", fact)) for fact in ("height", "width", "brightness", "kilobytes")}
+    schema_text = str(schema)
     tf.io.gfile.makedirs(os.path.join(folder, SCHEMA_FOLDER))
-    _write_text(os.path.join(folder, SCHEMA_FOLDER, SCHEMA_FILE), str(make_schema(source.class_names, source.columns)))
+    _write_text(os.path.join(folder, SCHEMA_FOLDER, SCHEMA_FILE), schema_text)
     _write_text(os.path.join(folder, LABELS_FILE), "".join(f"{name}\n" for name in source.class_names))
     _write_json(os.path.join(folder, QUARANTINE_FILE), quarantine)
     return {
@@ -360,15 +191,132 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
         "counts": counts,
         "quarantined": len(quarantine),
         "duplicates": duplicates,
+        "near_duplicates": groups,
+        "warnings": _warnings(config, counts, groups, facts),
+        "converted": dict(sum((Counter(tally["conversions"]) for tally in found["tallies"]), Counter())),
+        "facts": facts,
+        "column_counts": {name: dict(_merge(shards, "column_counts", name).most_common(20)) for name in source.columns},
         "shards": {shard["file"]: shard["sha256"] for shard in shards},
+        "schema": _digest(schema_text),
     }
 
 
-def _straddling(keyed: tuple[str, Iterable[tuple[str, str]]]) -> Iterator[list[tuple[str, str]]]:
-    """Yields one (split, path) for each split of an image that the user put into several."""
-    by_split = dict(sorted(keyed[1], reverse=True))
-    if len(by_split) > 1:
-        yield sorted(by_split.items())
+def _write_listings(source: Source, folder: str) -> list[str]:
+    """Writes the images down in pieces, as a job's description must not grow with their number."""
+    tf.io.gfile.makedirs(folder)
+    rows = (
+        (reference.path, reference.label, reference.split, reference.columns, reference.line) for reference in source.references
+    )
+    pieces: Iterator[Any] = iter(lambda: list(itertools.islice(rows, _IMAGES_PER_LISTING)), [])
+    paths = []
+    for number, content in enumerate(itertools.chain(pieces, source.record_files)):
+        paths.append(os.path.join(folder, f"{number:06d}.json"))
+        _write_text(paths[-1], json.dumps(content))
+    return paths
+
+
+def _schema(config: DataConfig, source: Source) -> schema_pb2.Schema:
+    """Makes the schema, or reads the user's."""
+    generated = make_schema(source.class_names, source.columns)
+    if not config.schema_file:
+        return generated
+    try:
+        with tf.io.gfile.GFile(config.schema_file) as file:
+            schema = text_format.Parse(file.read(), schema_pb2.Schema())
+    except (tf.errors.OpError, text_format.ParseError, UnicodeDecodeError) as error:
+        reason = error.message if isinstance(error, tf.errors.OpError) else str(error)
+        raise InputError(
+            f"Expected `data.schema_file` to be a schema in text form. Received: {config.schema_file!r}: {reason}. "
+            "Begin with a copy of the one that is written beside the records."
+        ) from error
+    lacks = {feature.name for feature in generated.feature} - {feature.name for feature in schema.feature}
+    if lacks:
+        raise InputError(
+            f"Expected {config.schema_file} to describe every feature of the records. "
+            f"Received: nothing of {', '.join(sorted(lacks))}. Copy them from the one that is written beside the records."
+        )
+    return schema
+
+
+def _check_nothing_lost(
+    source: Source,
+    listings: list[str],
+    tallies: list[dict[str, Any]],
+    counts: dict[str, dict[str, int]],
+    duplicates: list[dict[str, Any]],
+    quarantine: list[dict[str, Any]],
+) -> int:
+    """Checks that every image came out somewhere; returns their number.
+
+    Raises:
+      RuntimeError: if the runner lost or doubled some.
+    """
+    num_images = sum(tally["images"] for tally in tallies)
+    num_records = sum(sum(split.values()) for split in counts.values())
+    expected = len(source.references) or num_images  # TFRecords are counted where they are read
+    if len(tallies) != len(listings) or num_records + len(duplicates) + len(quarantine) != expected:
+        raise RuntimeError(
+            f"Expected every one of {expected} images as a record, a duplicate or in quarantine. Received: {num_records} + "
+            f"{len(duplicates)} + {len(quarantine)}, from {len(tallies)} of {len(listings)} pieces. The runner lost records."
+        )
+    return expected
+
+
+def _check_straddling(straddling: list[list[tuple[str, str]]]) -> None:
+    if straddling:
+        first = sorted(straddling)[0]
+        raise InputError(
+            "Expected every image in one split. Received: "
+            + " and ".join(f"{path} in {split}" for split, path in first)
+            + f", the same image{f' (and {len(straddling) - 1} more)' if len(straddling) > 1 else ''}. "
+            "A model would be tested on what it was trained on: mend the split column."
+        )
+
+
+def _warnings(
+    config: DataConfig, counts: dict[str, dict[str, int]], groups: list[dict[str, Any]], facts: dict[str, dict[str, float]]
+) -> list[str]:
+    """Says in sentences what a person should know before trusting the data."""
+    warnings = []
+    for split in SPLITS[1:]:
+        if small := {label: number for label, number in counts[split].items() if number < MIN_EVALUATED}:
+            names = ", ".join(f"{label} ({number})" for label, number in itertools.islice(small.items(), 10))
+            who = "1 class has" if len(small) == 1 else f"{len(small)} classes have"
+            warnings.append(
+                f"{who} fewer than {MIN_EVALUATED} {split} images, too few to judge by: "
+                f"{names}{' ...' if len(small) > 10 else ''}."
+            )
+    if moved := sum(any(file["moved_from"] for file in group["files"]) for group in groups):
+        warnings.append(f"{moved} groups of images that look alike would have straddled splits; each is in one split now.")
+    if straddling := sum(len({file["split"] for file in group["files"]}) > 1 for group in groups):
+        warnings.append(
+            f"{straddling} groups of images that look alike straddle splits, as the split column says so: "
+            "the test is easier than it looks."
+        )
+    if mixed := sum(len({file["label"] for file in group["files"]}) > 1 for group in groups):
+        warnings.append(f"{mixed} groups of images that look alike have different labels: one of them may be wrong.")
+    if not config.max_side and max(facts["height"]["median"], facts["width"]["median"]) > _LARGE_SIDE:
+        warnings.append(
+            f"Half of the images are larger than {_LARGE_SIDE} pixels; data.max_side = 1024 would shrink them once, "
+            "where every epoch decodes them anew."
+        )
+    return warnings
+
+
+def _merge(shards: list[dict[str, Any]], kind: str, name: str) -> Counter:
+    """Adds up what the shards counted."""
+    total: Counter = Counter()
+    for shard in shards:
+        total.update(dict(shard[kind][name]))
+    return total
+
+
+def _range(counts: Counter) -> dict[str, float]:
+    """Returns minimum, median and maximum of counted values."""
+    values = sorted(counts)
+    middle = sum(counts.values()) / 2
+    seen = itertools.accumulate(counts[value] for value in values)
+    return {"min": values[0], "median": next(v for v, n in zip(values, seen, strict=True) if n >= middle), "max": values[-1]}
 
 
 def _check_output(config: DataConfig, output: str, previous: dict[str, Any] | None, *, overwrite: bool) -> None:
@@ -387,19 +335,16 @@ def _check_output(config: DataConfig, output: str, previous: dict[str, Any] | No
         )
 
 
-def _num_shards(config: DataConfig, source: Source) -> dict[str, int]:
-    """Chooses shards of about 150 MB from a sample of file sizes; never from anything that varies between runs."""
-    step = max(1, len(source.references) // _SAMPLED_SIZES)
-    sizes = []
-    for reference in source.references[::step]:
-        try:
-            sizes.append(tf.io.gfile.stat(reference.path).length)
-        except tf.errors.OpError:
-            continue  # a missing file: the job quarantines it with its reason
-    num_bytes = len(source.references) * sum(sizes) / max(1, len(sizes))
-    shares = {VALID_SPLIT: config.valid_fraction, TEST_SPLIT: config.test_fraction}
-    shares[TRAIN_SPLIT] = 1 - sum(shares.values())
-    return {split: max(1, round(num_bytes * share / _TARGET_SHARD_BYTES)) for split, share in shares.items()}
+def _check_edits(config: DataConfig, output: str, previous: dict[str, Any] | None) -> None:
+    """Refuses to lose a schema that a person has edited where it was written."""
+    path = os.path.join(output, SCHEMA_FOLDER, SCHEMA_FILE)
+    if config.schema_file or not previous or not tf.io.gfile.exists(path):
+        return
+    if _digest(_read_text(path)) != previous.get("schema"):
+        raise InputError(
+            f"Expected {path} to be as it was written, as the records must be written anew. Received: an edited one. "
+            "Copy it to a place of your own and name that in data.schema_file; it then counts for later data too. Or delete it."
+        )
 
 
 def _check_quarantine(config: DataConfig, quarantine: list[dict[str, Any]], num_images: int) -> None:
@@ -416,7 +361,7 @@ def _check_quarantine(config: DataConfig, quarantine: list[dict[str, Any]], num_
         )
 
 
-def _check_counts(config: DataConfig, counts: dict[str, dict[str, int]]) -> None:
+def _check_counts(counts: dict[str, dict[str, int]]) -> None:
     for split in SPLITS:
         for label, number in counts[split].items():
             if number == 0:
@@ -432,14 +377,27 @@ def _fingerprint(config: DataConfig, source: Source) -> str:
     digest = hashlib.sha256(code_fingerprint(__spec__.name if __name__ == "__main__" else __name__).encode())
     settings = config.model_dump(exclude={"slice_columns", "class_names"})
     digest.update(json.dumps([settings, source.class_names, source.columns]).encode())
+    if config.schema_file and tf.io.gfile.exists(config.schema_file):
+        digest.update(_read_text(config.schema_file).encode())
     for reference in source.references:
         digest.update(repr(reference).encode("utf-8", "surrogateescape"))
-        try:
-            status = tf.io.gfile.stat(reference.path)
-            digest.update(f"{status.length} {status.mtime_nsec}".encode())
-        except tf.errors.OpError:
-            digest.update(b"missing")
+    paths = [*(reference.path for reference in source.references), *source.record_files]
+    with concurrent.futures.ThreadPoolExecutor(_NUM_STATUS_REQUESTS) as threads:  # a bucket takes its time for each
+        for status in threads.map(_status, paths) if any(map(is_remote, paths)) else map(_status, paths):
+            digest.update(status.encode())
     return digest.hexdigest()
+
+
+def _status(path: str) -> str:
+    """Returns size and time of change of a file, as text."""
+    try:
+        if not is_remote(path):
+            status = os.stat(path)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        status = tf.io.gfile.stat(path)
+        return f"{status.length} {status.mtime_nsec}"
+    except (OSError, ValueError, tf.errors.OpError):
+        return "missing"  # the job quarantines it with its reason
 
 
 def _read_results(folder: str, name: str) -> Iterator[dict[str, Any]]:
@@ -447,9 +405,18 @@ def _read_results(folder: str, name: str) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in read_lines(path))
 
 
+def _read_text(path: str) -> str:
+    with tf.io.gfile.GFile(path) as file:
+        return file.read()
+
+
 def _write_text(path: str, text: str) -> None:
-    with tf.io.gfile.GFile(path, "w") as file:
-        file.write(text)
+    with tf.io.gfile.GFile(path, "wb") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # in JSON, the escape of a byte of a name that is not UTF-8
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_json(path: str, value: Any) -> None:
@@ -486,6 +453,20 @@ def _replace(output: str, temporary: str) -> None:
         tf.io.gfile.rmtree(old)
 
 
+_OPTIONS = {
+    "valid_fraction": "share of the images that early stopping watches (default: %(default)s)",
+    "test_fraction": "share of the images that the model is judged by (default: %(default)s)",
+    "split_salt": "any text; another one draws another split",
+    "join_near_duplicates": "bring images that look alike into one split",
+    "min_side": "shortest side of a usable image, in pixels (default: %(default)s)",
+    "max_side": "shrink larger images to this side, in pixels (default: keep them)",
+    "max_pixels": "most pixels of a usable image (default: %(default)s)",
+    "max_quarantined_fraction": "share of unusable images that is accepted (default: %(default)s)",
+    "num_readers": "shards that each split gets at least (default: %(default)s)",
+    "schema_file": "schema to take in place of the generated one",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -496,12 +477,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Options of Beam follow after --, for example: -- --runner=DataflowRunner --project=P --region=R",
     )
     fields = DataConfig.model_fields
-    parser.add_argument("--input", required=True, help="folder per class, CSV (path,label[,split][,...]) or `elpv`")
+    parser.add_argument(
+        "--input", required=True, help="folder per class, CSV (path,label[,split][,...]), folder of TFRecords, or `elpv`"
+    )
     parser.add_argument("--output", required=True, help="folder for the records; local or gs://")
-    parser.add_argument("--valid-fraction", type=float, default=fields["valid_fraction"].default)
-    parser.add_argument("--test-fraction", type=float, default=fields["test_fraction"].default)
-    parser.add_argument("--split-salt", default=fields["split_salt"].default, help="another text draws another split")
-    parser.add_argument("--max-quarantined-fraction", type=float, default=fields["max_quarantined_fraction"].default)
+    for name, help_text in _OPTIONS.items():
+        field = fields[name]
+        option = {"action": argparse.BooleanOptionalAction} if field.annotation is bool else {"type": field.annotation}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=help_text, **option)
     parser.add_argument("--overwrite", action="store_true", help="replace the records in --output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
@@ -523,6 +506,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{report['images']} images in, {sum(sum(c.values()) for c in report['counts'].values())} records out, "
         f"{len(report['duplicates'])} exact duplicates left out, {report['quarantined']} in quarantine"
     )
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
     print(f"{'Nothing changed; kept' if report['reused'] else 'Wrote'} {arguments.output}")
     return EXIT_DONE
 

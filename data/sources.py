@@ -1,4 +1,4 @@
-"""Where labelled images come from: a folder per class, a CSV, or the installed ELPV data set; local or gs://.
+"""Where labelled images come from: a folder per class, a CSV, TFRecords, or the installed ELPV data set; local or gs://.
 
 A source only lists: nothing is decoded here, and an image that cannot be read is the business of `data.prepare`, which
 quarantines it. What makes the whole input unusable (a wrong path, a class without images) is an `InputError`.
@@ -6,20 +6,42 @@ quarantines it. What makes the whole input unusable (a wrong path, a class witho
 
 import csv
 import dataclasses
+import hashlib
 import io
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
+from google.protobuf import text_format
+from tensorflow_metadata.proto.v0 import schema_pb2
 
 from data.errors import InputError
-from data.features import LABELS_FILE, RECORD_KEYS, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, TRAIN_SPLIT
+from data.features import (
+    FILENAME_KEY,
+    IMAGE_KEY,
+    LABEL_KEY,
+    LABELS_FILE,
+    RECORD_KEYS,
+    SCHEMA_FILE,
+    SCHEMA_FOLDER,
+    SPLITS,
+    TRAIN_SPLIT,
+)
+from data.inspection import encode_pixels, is_remote
+
+logger = logging.getLogger("tfx_vision")
 
 ELPV = "elpv"
 ELPV_CLASS_NAMES = ("functional", "defective")
 ELPV_DEFECT_PROBABILITY = 0.5
-_CLASS_FILES = (LABELS_FILE, "dict.txt")  # the second is the original system's name
+_CLASS_FILES = (LABELS_FILE, "dict.txt")  # the second is the name that the book's code gives it
+_RECORD_FILE = re.compile(r"\.tfrec(ord)?s?(-\d+-of-\d+)?(\.gz)?$|^(train|valid|test)\b.*-\d+-of-\d+(\.gz)?$")
+_SHAPE_KEY = "shape"  # of a decoded image in TFRecords of the book's kind
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +54,9 @@ class ImageReference:
       split: one of `SPLITS` where the user decided, None where the content's hash does.
       columns: values of the extra columns, in the order of `Source.columns`.
       line: line number in the CSV, None elsewhere.
+      encoded: the image itself where it comes from a TFRecord, None elsewhere.
+      digest: of the content where the bytes are not the ones that the user gave.
+      problem: why a TFRecord cannot be used.
     """
 
     path: str
@@ -39,6 +64,9 @@ class ImageReference:
     split: str | None = None
     columns: tuple[str, ...] = ()
     line: int | None = None
+    encoded: bytes | None = None
+    digest: str | None = None
+    problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +76,14 @@ class Source:
     Attributes:
       class_names: every class, in the order of the model's outputs.
       columns: names of the extra columns, each a slice for the evaluation.
-      references: the images.
+      references: the images, where they are files.
+      record_files: the TFRecords that hold them, where they are not.
     """
 
     class_names: tuple[str, ...]
     columns: tuple[str, ...]
     references: tuple[ImageReference, ...]
+    record_files: tuple[str, ...] = ()
 
 
 def is_prepared(path: str) -> bool:
@@ -69,7 +99,7 @@ def open_source(location: str) -> Source:
     """Lists the images behind what the user gave as `--data` or `--input`.
 
     Args:
-      location: `elpv`, a CSV file, or a folder with a folder per class.
+      location: `elpv`, a CSV file, a folder with a folder per class, or a folder of TFRecords.
 
     Raises:
       InputError: if there is nothing there, or what is there has no usable structure.
@@ -78,16 +108,18 @@ def open_source(location: str) -> Source:
         return _elpv()
     if not tf.io.gfile.exists(location):
         raise InputError(
-            f"Expected `data.input` to be a folder with a folder per class, a CSV, or `{ELPV}`. "
+            f"Expected `data.input` to be a folder with a folder per class, a CSV, a folder of TFRecords, or `{ELPV}`. "
             f"Received: {location!r}, which does not exist. Check the path (it is relative to {os.getcwd()})."
         )
-    source = _folders(location) if tf.io.gfile.isdir(location) else _csv(location)
+    source = _folder(location) if tf.io.gfile.isdir(location) else _csv(location)
     _check_class_names(source.class_names, location)
     if len(source.class_names) < 2:
         raise InputError(
             f"Expected at least two classes in {location}. Received: {list(source.class_names)}. "
             "Put the images of each class into a folder of its own, or give each row of the CSV its label."
         )
+    if source.record_files:
+        return source
     listed = {reference.label for reference in source.references}
     for name in source.class_names:
         if name not in listed:
@@ -98,10 +130,13 @@ def open_source(location: str) -> Source:
     return source
 
 
-def _folders(root: str) -> Source:
-    """Lists a folder per class. Hidden entries are skipped; the class order is that of labels.txt or the alphabet."""
-    entries = sorted(entry.rstrip("/") for entry in tf.io.gfile.listdir(root) if not entry.startswith("."))
-    folders = [entry for entry in entries if tf.io.gfile.isdir(os.path.join(root, entry))]
+def _folder(root: str) -> Source:
+    names = sorted(tf.io.gfile.listdir(root)) if is_remote(root) else _list_folder(root)
+    entries = [name.rstrip("/") for name in names if not name.startswith(".")]
+    record_files = tuple(os.path.join(root, name) for name in entries if _RECORD_FILE.search(name))
+    if record_files:
+        return _record_source(root, record_files)
+    folders = [name for name in entries if _is_folder(os.path.join(root, name))]
     if not folders:
         raise InputError(
             f"Expected {root} to have one folder per class. Received: no folder in it. "
@@ -109,13 +144,123 @@ def _folders(root: str) -> Source:
         )
     # Every file, whatever its suffix: what is no image is quarantined, not passed over in silence.
     references = tuple(
-        ImageReference(path=os.path.join(folder, name), label=label)
-        for label in folders
-        for folder, _, names in sorted(tf.io.gfile.walk(os.path.join(root, label)))
-        for name in sorted(names)
-        if not name.startswith(".")
+        ImageReference(path=path, label=label) for label in folders for path in _files(os.path.join(root, label))
     )
+    # The class order is that of labels.txt or the alphabet.
     return Source(_read_class_names(root) or tuple(folders), (), references)
+
+
+def _list_folder(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))  # not TensorFlow's, which fails on a name that is not UTF-8
+    except PermissionError as error:
+        raise InputError(f"Expected {folder} to be readable. Received: {error.strerror}. Mend its permissions.") from error
+
+
+def _is_folder(path: str) -> bool:
+    return tf.io.gfile.isdir(path) if is_remote(path) else os.path.isdir(path)
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Yields the files below a folder, in order. Hidden ones are skipped; links are followed, once each."""
+    if is_remote(folder):
+        for parent, _, names in sorted(tf.io.gfile.walk(folder)):
+            yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
+        return
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"Expected {error.filename} to be readable. Received: {error.strerror}. Mend its permissions.")
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) not in seen
+        )
+        yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _record_source(root: str, record_files: tuple[str, ...]) -> Source:
+    """Lists TFRecords: those that `data.prepare` writes, others with the same keys, or the decoded images of the book."""
+    columns: tuple[str, ...] = ()
+    if is_prepared(root):
+        with tf.io.gfile.GFile(os.path.join(root, SCHEMA_FOLDER, SCHEMA_FILE)) as file:
+            schema = text_format.Parse(file.read(), schema_pb2.Schema())
+        columns = tuple(feature.name for feature in schema.feature if feature.name not in RECORD_KEYS)
+    class_names = _read_class_names(root)
+    if not class_names:
+        logger.info("looking for the class names in %d files, as there is no %s", len(record_files), LABELS_FILE)
+        labels = (reference.label for path in record_files for reference in read_records(path, columns, decode=False))
+        class_names = tuple(sorted(set(labels) - {""}))
+    return Source(class_names, columns, (), record_files)
+
+
+def read_records(path: str, columns: Sequence[str], *, decode: bool = True) -> Iterator[ImageReference]:
+    """Reads the images of a TFRecord file, with or without GZIP.
+
+    A record holds `label` and either `image` as encoded bytes, or `image` as floats in [0, 1] with their `shape`, as the book
+    *Practical Machine Learning for Computer Vision* publishes them; those become PNG, without loss. A file whose name begins
+    with a split's puts its images into that split.
+
+    Args:
+      path: of the file.
+      columns: extra columns to take over.
+      decode: False leaves the images out.
+    """
+    with tf.io.gfile.GFile(path, "rb") as file:
+        compression = "GZIP" if file.read(2) == _GZIP_MAGIC else ""
+    split = next((split for split in SPLITS if re.match(rf"{split}\b", os.path.basename(path))), None)
+    number = 0
+    try:
+        for number, serialized in enumerate(tf.data.TFRecordDataset(path, compression).as_numpy_iterator(), 1):
+            yield _record_reference(serialized, f"{path}#{number}", split, columns, decode=decode)
+    except tf.errors.OpError as error:
+        problem = f"the file is damaged after record {number}: {error.message.split('[Op:')[0].strip()[:200]}"
+        yield ImageReference(f"{path}#{number + 1}", "", split, ("",) * len(columns), encoded=b"", problem=problem)
+
+
+def _record_reference(
+    serialized: bytes, place: str, split: str | None, columns: Sequence[str], *, decode: bool
+) -> ImageReference:
+    label, problem, encoded, digest = "", None, b"", None
+    values = ("",) * len(columns)
+    try:
+        features = tf.train.Example.FromString(serialized).features.feature
+        label = _text(features, LABEL_KEY)
+        place = _text(features, FILENAME_KEY) or place
+        values = tuple(_text(features, name) for name in columns)
+        if not label:
+            problem = f"the record has no `{LABEL_KEY}`"
+        elif features[IMAGE_KEY].float_list.value:
+            if decode:
+                pixels = _pixels(features)
+                encoded = encode_pixels(pixels)
+                digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+        elif features[IMAGE_KEY].bytes_list.value:
+            encoded = features[IMAGE_KEY].bytes_list.value[0]
+        else:
+            problem = f"the record has no `{IMAGE_KEY}`"
+    except ValueError as error:  # of `_pixels`, and UnicodeDecodeError
+        problem = str(error)
+    except Exception as error:  # protobuf's DecodeError, whose class has moved between its versions
+        problem = f"the record is no tf.Example: {error}"
+    return ImageReference(place, label, split, values, encoded=encoded, digest=digest, problem=problem)
+
+
+def _text(features: dict[str, tf.train.Feature], name: str) -> str:
+    values = features[name].bytes_list.value if name in features else ()
+    return values[0].decode("utf-8", "surrogateescape" if name == FILENAME_KEY else "strict") if values else ""
+
+
+def _pixels(features: dict[str, tf.train.Feature]) -> np.ndarray:
+    """Returns uint8 [height, width, 1 or 3] of floats in [0, 1]."""
+    values = np.array(features[IMAGE_KEY].float_list.value, np.float32)
+    shape = tuple(features[_SHAPE_KEY].int64_list.value) if _SHAPE_KEY in features else ()
+    if len(shape) != 3 or shape[2] not in (1, 3) or min(shape) < 1 or np.prod(shape, dtype=object) != len(values):
+        raise ValueError(f"the record has {len(values)} floats and the `{_SHAPE_KEY}` {list(shape)}")
+    if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
+        raise ValueError(f"the record's floats lie in [{values.min():g}, {values.max():g}], not in [0, 1]")
+    return np.rint(values * 255).astype(np.uint8).reshape(shape)
 
 
 def _csv(path: str) -> Source:
@@ -155,9 +300,10 @@ def _csv(path: str) -> Source:
 def _check_class_names(class_names: tuple[str, ...], location: str) -> None:
     """Refuses names that labels.txt, a line each, could not give back."""
     for index, name in enumerate(class_names):
-        if not name or name != name.strip() or len(name.splitlines()) != 1 or name in class_names[:index]:
+        is_text = name.isascii() or name.encode("utf-8", "replace").decode() == name  # a folder's name may be any bytes
+        if not name or name != name.strip() or len(name.splitlines()) != 1 or name in class_names[:index] or not is_text:
             raise InputError(
-                f"Expected the classes of {location} to have different names without spaces around them. "
+                f"Expected the classes of {location} to have different names, in UTF-8, without spaces around them. "
                 f"Received: {name!r}. Rename it, or give each row of the CSV its label."
             )
 
@@ -187,7 +333,7 @@ def _csv_reference(row: dict[str, str], folder: str, csv_path: str, line: int) -
         raise InputError(
             f"Expected the split in {csv_path}, line {line}, to be empty or one of {', '.join(SPLITS)}. Received: {split!r}."
         )
-    is_absolute = "://" in row["path"] or os.path.isabs(row["path"])
+    is_absolute = is_remote(row["path"]) or os.path.isabs(row["path"])
     return ImageReference(
         path=row["path"] if is_absolute else os.path.join(folder, row["path"]),
         label=row["label"].strip(),

@@ -9,11 +9,12 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
 
-from data import prepare
+from data import prepare, steps
 from data.errors import InputError
 from data.features import SPLITS, feature_spec
-from data.prepare import DataConfig, choose_split, read_class_names, read_report
+from data.prepare import DataConfig, read_class_names, read_report
 from data.sources import Source, is_prepared, open_source
+from data.splits import choose_split
 
 FRACTIONS = ["--valid-fraction", "0.3", "--test-fraction", "0.3"]
 
@@ -119,7 +120,8 @@ def test_main_says_what_it_did(images, tmp_path, capsys):
     for line, split in zip(lines[1:4], SPLITS, strict=True):
         assert line == f"{split:>6}: {counts[split]['circle']} circle, {counts[split]['square']} square"
     assert lines[4] == "30 images in, 30 records out, 0 exact duplicates left out, 0 in quarantine"
-    assert lines[5] == f"Wrote {output}"
+    assert lines[5].startswith("warning: 2 classes have fewer than 10 valid images, too few to judge by: circle (")
+    assert lines[-1] == f"Wrote {output}"
 
 
 def test_main_writes_identical_shards_again_and_in_any_order(images, prepared, tmp_path, monkeypatch):
@@ -136,7 +138,7 @@ def test_main_writes_identical_shards_again_and_in_any_order(images, prepared, t
 
 
 def test_main_spreads_over_shards_by_the_content(images, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_TARGET_SHARD_BYTES", 3_000)
+    monkeypatch.setattr(steps, "TARGET_SHARD_BYTES", 3_000)
 
     assert _main(images, tmp_path / "records") == 0
 
@@ -151,21 +153,39 @@ def test_main_spreads_over_shards_by_the_content(images, prepared, tmp_path, mon
 
 def test_main_keeps_the_first_of_exact_duplicates(own_images, tmp_path, capsys):
     original = own_images / "circle/000.png"
+    (own_images / "circle/yyy.png").write_bytes(original.read_bytes())
     (own_images / "circle/zzz.png").write_bytes(original.read_bytes())
-    (own_images / "square/zzz.png").write_bytes(original.read_bytes())
 
     assert _main(own_images, tmp_path / "records") == 0
 
     report = read_report(str(tmp_path / "records"))
     assert report["duplicates"] == [
-        {"file": str(own_images / "circle/zzz.png"), "label": "circle", "same_as": str(original)},
-        {"file": str(own_images / "square/zzz.png"), "label": "square", "same_as": str(original)},
+        {"file": str(own_images / f"circle/{name}.png"), "label": "circle", "same_as": str(original)} for name in ("yyy", "zzz")
     ]
     assert report["images"] == 32
     records = [record for split in SPLITS for record in _records(tmp_path / "records", split)]
     assert len(records) == 30
     assert [r["filename"].decode() for r in records if r["image"] == original.read_bytes()] == [str(original)]
     assert "2 exact duplicates left out" in capsys.readouterr().out
+
+
+def test_main_leaves_out_an_image_under_two_labels(own_images, tmp_path):
+    original = own_images / "circle/000.png"
+    for place in ("circle/zzz.png", "square/zzz.png"):
+        (own_images / place).write_bytes(original.read_bytes())
+
+    assert _main(own_images, tmp_path / "records", "--max-quarantined-fraction", "0.2") == 0
+
+    rows = json.loads((tmp_path / "records/quarantine.json").read_text())
+    other = own_images / "square/zzz.png"
+    assert [(row["file"], row["label"], row["reason"]) for row in rows] == [
+        (str(original), "circle", f"the same image is labelled 'square' in {other}"),
+        (str(own_images / "circle/zzz.png"), "circle", f"the same image is labelled 'square' in {other}"),
+        (str(other), "square", f"the same image is labelled 'circle' in {original}"),
+    ]
+    records = [record for split in SPLITS for record in _records(tmp_path / "records", split)]
+    assert len(records) == 29
+    assert original.read_bytes() not in [record["image"] for record in records]
 
 
 def test_main_quarantines_what_is_no_image_and_says_why(own_images, make_csv, tmp_path):
@@ -196,9 +216,11 @@ def test_main_quarantines_what_is_no_image_and_says_why(own_images, make_csv, tm
     assert by_place["missing.png", "circle"]["line"] == 36
     assert by_place["002.png", "triangle"]["reason"] == "the label 'triangle' is not in the list of classes"
     for place in (("text.jpg", "circle"), ("cut.png", "square"), ("cut.jpg", "square")):
-        assert by_place[place]["reason"].startswith("it cannot be decoded: ")
+        assert by_place[place]["reason"].startswith("it is ")
         assert "Op:" not in by_place[place]["reason"]
-    assert "directory" in by_place["photos", "circle"]["reason"]
+    assert by_place["text.jpg", "circle"]["reason"] == "it is no image of a known format"
+    assert by_place["cut.jpg", "square"]["reason"].startswith("it is damaged")
+    assert by_place["photos", "circle"]["reason"] == "it is a folder"
     report = read_report(str(tmp_path / "records"))
     assert (report["images"], report["quarantined"]) == (37, 7)
     assert sum(sum(counts.values()) for counts in report["counts"].values()) == 30

@@ -78,8 +78,8 @@ def test_open_source_explains_a_missing_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert _error("photos") == (
-        "Expected `data.input` to be a folder with a folder per class, a CSV, or `elpv`. Received: 'photos', which "
-        f"does not exist. Check the path (it is relative to {tmp_path})."
+        "Expected `data.input` to be a folder with a folder per class, a CSV, a folder of TFRecords, or `elpv`. "
+        f"Received: 'photos', which does not exist. Check the path (it is relative to {tmp_path})."
     )
 
 
@@ -213,7 +213,7 @@ def test_open_source_explains_columns_whose_names_clash(tmp_path, header):
 
     assert _error(path) == (
         f"Expected the columns of {path} to have names of their own. Received: {header}. "
-        "Rename what is empty, repeats or is one of image, label, filename, height, width."
+        "Rename what is empty, repeats or is one of image, label, filename, height, width, aspect, brightness, channels."
     )
 
 
