@@ -41,6 +41,14 @@ _PERMANENT_REMOTE_ERRORS = (
     tf.errors.UnimplementedError,
 )
 
+# Not all that Pillow knows: some formats, such as EPS, it hands to other programs. An older Pillow lacks some.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO", "AVIF")
+    if name in Image.OPEN
+)
+_JPEG = ("JPEG", "MPO")  # the second is a JPEG with further images behind it, as phones write
 # The limit of `ImageLimits` is the one that counts, and is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -95,14 +103,18 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
     """Reads a file, local or gs://.
+
+    Args:
+      path: of the file.
+      max_bytes: more would not fit into memory.
 
     Raises:
       UnusableImageError: if it cannot be read and no retry would mend that.
     """
     try:
-        encoded = _read_remote(path) if is_remote(path) else _read_local(path)
+        encoded = _read_remote(path, max_bytes) if is_remote(path) else _read_local(path, max_bytes)
     except FileNotFoundError as error:
         raise UnusableImageError("there is no such file") from error
     except OSError as error:
@@ -118,26 +130,31 @@ def read_file(path: str) -> bytes:
     return encoded
 
 
-def _read_local(path: str) -> bytes:
+def _read_local(path: str, max_bytes: int) -> bytes:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise UnusableImageError("it is a folder")
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         raise UnusableImageError("it is no regular file")
-    if status.st_size > _MAX_FILE_BYTES:
-        raise UnusableImageError(f"it has {status.st_size:,} bytes; the limit is {_MAX_FILE_BYTES:,}")
+    _check_bytes(status.st_size, max_bytes)
     with open(path, "rb") as file:
         return file.read()
 
 
-def _read_remote(path: str) -> bytes:
+def _read_remote(path: str, max_bytes: int) -> bytes:
     try:
+        _check_bytes(tf.io.gfile.stat(path).length, max_bytes)
         with tf.io.gfile.GFile(path, "rb") as file:
             return file.read()
     except tf.errors.NotFoundError as error:
         raise UnusableImageError("there is no such file") from error
     except _PERMANENT_REMOTE_ERRORS as error:
         raise UnusableImageError(f"it cannot be read: {shorten(error.message)}") from error
+
+
+def _check_bytes(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise UnusableImageError(f"it has {num_bytes:,} bytes; the limit is {max_bytes:,}")
 
 
 def inspect_image(encoded: bytes, limits: ImageLimits) -> InspectedImage:
@@ -154,7 +171,7 @@ def inspect_image(encoded: bytes, limits: ImageLimits) -> InspectedImage:
       UnusableImageError: if it is no image, is damaged, or exceeds the limits.
     """
     try:
-        header = Image.open(io.BytesIO(encoded))
+        header = Image.open(io.BytesIO(encoded), formats=FORMATS)
         orientation = _orientation(header)
     except Image.UnidentifiedImageError as error:
         raise UnusableImageError("it is no image of a known format") from error
@@ -164,7 +181,7 @@ def inspect_image(encoded: bytes, limits: ImageLimits) -> InspectedImage:
     pixels = _decode(header, encoded)
     upright, conversions = _convert(header, pixels, orientation, limits)
     if conversions:
-        encoded = _encode(upright, "JPEG" if header.format == "JPEG" else "PNG")
+        encoded = _encode(upright, "JPEG" if header.format in _JPEG else "PNG")
     grey = upright.convert("L")
     small = grey.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return InspectedImage(
@@ -205,7 +222,7 @@ def _check_size(header: Image.Image, limits: ImageLimits) -> None:
 def _decode(header: Image.Image, encoded: bytes) -> np.ndarray:
     """Returns uint8 [height, width, channels]."""
     try:
-        if header.format == "JPEG":
+        if header.format in _JPEG:
             return tf.io.decode_jpeg(encoded).numpy()
         if header.format == "PNG":
             return tf.io.decode_png(encoded).numpy()
@@ -228,7 +245,7 @@ def _convert(header: Image.Image, pixels: np.ndarray, orientation: int, limits: 
     image = _as_image(pixels)
     conversions = []
     remaining = _orientation(header)  # Pillow turns a TIFF upright by itself while it decodes it
-    if header.format not in ("JPEG", "PNG"):
+    if header.format not in (*_JPEG, "PNG"):
         conversions.append(f"{header.format} became PNG")
     if remaining in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[remaining])

@@ -41,6 +41,7 @@ from data.errors import EXIT_DONE, InputError, report_error, validate
 from data.features import LABELS_FILE, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, make_schema
 from data.fingerprint import code_fingerprint
 from data.inspection import ImageLimits, is_remote
+from data.report import DATA_REPORT_FILE, write_data_report
 from data.sources import ELPV, Source, is_prepared, open_source, read_lines
 from data.splits import SplitConfig
 from data.steps import PARTS_FOLDER, RESULTS, build_job
@@ -112,9 +113,10 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
     try:
         report = _run(config, source, temporary, list(beam_args)) | {"fingerprint": fingerprint}
         _write_json(os.path.join(temporary, REPORT_FILE), report)
+        write_data_report(temporary, report, _read_json(os.path.join(temporary, QUARANTINE_FILE)))
         if is_complete and previous["shards"] == report["shards"]:
             # The same records: the old files stay, so that nothing behind them in the pipeline has to run again.
-            for name in (LABELS_FILE, os.path.join(SCHEMA_FOLDER, SCHEMA_FILE), QUARANTINE_FILE, REPORT_FILE):
+            for name in (LABELS_FILE, os.path.join(SCHEMA_FOLDER, SCHEMA_FILE), QUARANTINE_FILE, DATA_REPORT_FILE, REPORT_FILE):
                 tf.io.gfile.rename(os.path.join(temporary, name), os.path.join(output, name), overwrite=True)
             return report | {"reused": True}
         _replace(output, temporary)
@@ -177,7 +179,7 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
     _check_straddling(found["straddling"])
     _check_quarantine(config, quarantine, num_images)
     _check_counts(counts)
-    facts = {fact: _range(_merge(shards, "facts", fact)) for fact in ("height", "width", "brightness", "kilobytes")}
+    facts = {fact: _range(_merge(shards, "facts", fact)) for fact in ("height", "width", "brightness", "bytes")}
     schema_text = str(schema)
     tf.io.gfile.makedirs(os.path.join(folder, SCHEMA_FOLDER))
     _write_text(os.path.join(folder, SCHEMA_FOLDER, SCHEMA_FILE), schema_text)
@@ -410,6 +412,10 @@ def _read_text(path: str) -> str:
         return file.read()
 
 
+def _read_json(path: str) -> Any:
+    return json.loads(_read_text(path))
+
+
 def _write_text(path: str, text: str) -> None:
     with tf.io.gfile.GFile(path, "wb") as file:
         file.write(text.encode("utf-8", "backslashreplace"))  # in JSON, the escape of a byte of a name that is not UTF-8
@@ -508,6 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for warning in report["warnings"]:
         print(f"warning: {warning}")
+    print(f"Report  {os.path.join(arguments.output, DATA_REPORT_FILE)}")
     print(f"{'Nothing changed; kept' if report['reused'] else 'Wrote'} {arguments.output}")
     return EXIT_DONE
 

@@ -23,6 +23,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from data.features import FILENAME_KEY, IMAGE_KEY, LABEL_KEY, SPLITS, TRAIN_SPLIT
+from data.inspection import FORMATS, UnusableImageError, read_file
 
 DATA_REPORT_FILE = "report.html"
 
@@ -51,14 +52,12 @@ _THUMBNAIL_WIDTH = 192  # pixels, at most
 _THUMBNAIL_BYTES = 4_500  # the quality goes down until it fits
 _MAX_FILE_BYTES = 20_000_000
 _MAX_PIXELS = 50_000_000  # that are really decoded; a JPEG is decoded at a fraction of its size
-# Not all that Pillow knows: it hands some formats, such as EPS, to other programs. The last one may be missing.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "ICO", "AVIF")
 
 _FACTS = {
     "height": "height, pixels",
     "width": "width, pixels",
     "brightness": "brightness, from 0 (black) to 1 (white)",
-    "bytes": "size of the file",
+    "bytes": "size of the record",
 }
 _JOINERS = "\u200c\u200d"  # invisible, and part of correct Persian, Hindi and emoji
 _MAYBE_INVISIBLE = re.compile(r"[^\x20-\x7e]")
@@ -205,12 +204,8 @@ def _illustrate(group: dict[str, Any]) -> dict[str, Any]:
 def _read_thumbnail(path: str) -> _Thumbnail | None:
     """Makes a thumbnail of a file of unknown content; None if there is no image in it, or too large a one."""
     try:
-        name = path.encode("utf-8", "surrogateescape")  # as bytes, names that are not UTF-8 are found too
-        if tf.io.gfile.stat(name).length > _MAX_FILE_BYTES:
-            return None
-        with tf.io.gfile.GFile(name, "rb") as file:
-            return _make_thumbnail(file.read(), is_upright=True)
-    except (tf.errors.OpError, ValueError):
+        return _make_thumbnail(read_file(path, max_bytes=_MAX_FILE_BYTES), is_upright=True)
+    except (UnusableImageError, OSError, tf.errors.OpError):
         return None
 
 
@@ -224,8 +219,7 @@ def _make_thumbnail(encoded: bytes, *, is_upright: bool = False) -> _Thumbnail |
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             image.draft("RGB", (2 * _THUMBNAIL_WIDTH, 2 * _THUMBNAIL_WIDTH))
             if image.width * image.height > _MAX_PIXELS:
                 return None

@@ -99,7 +99,9 @@ class InspectImages(beam.DoFn):
         self._threads.shutdown()
 
     def process(self, listing: str) -> Iterator[Any]:
-        """Yields a `Record` for each usable image, a dict of file, label, reason and line for each other one, and a tally.
+        """Yields a `Record` for each usable image; of each other one file, label, reason and line; and a tally.
+
+        All but records are JSON, whose escapes get names that are not UTF-8 through Beam's coders.
 
         Args:
           listing: path of a JSON file: a list of image references, or the name of a file of TFRecords.
@@ -117,7 +119,7 @@ class InspectImages(beam.DoFn):
                 for reference, result in zip(some, self._threads.map(self._inspect, some), strict=True):
                     tally["images"] += 1
                     if isinstance(result, str):
-                        yield beam.pvalue.TaggedOutput(self.QUARANTINE, quarantined(reference, result))
+                        yield beam.pvalue.TaggedOutput(self.QUARANTINE, _quarantined(reference, result))
                         continue
                     digest, image = result
                     serialized = self._serialize(reference, image)
@@ -126,7 +128,7 @@ class InspectImages(beam.DoFn):
                     yield _record(reference, image, digest, part, offset, len(serialized))
                     offset += len(serialized)
                 self._log(len(some))
-        yield beam.pvalue.TaggedOutput(self.TALLY, tally)
+        yield beam.pvalue.TaggedOutput(self.TALLY, json.dumps(tally))
 
     def _inspect(self, reference: ImageReference) -> tuple[str, InspectedImage] | str:
         """Returns digest and image, or the reason why it cannot be used."""
@@ -178,23 +180,23 @@ class ResolveDuplicates(beam.DoFn):
         first = records[0]
         by_split = {record.split: record.path for record in reversed(records) if record.split}
         if len(by_split) > 1:
-            yield beam.pvalue.TaggedOutput(self.STRADDLING, sorted(by_split.items()))
+            yield beam.pvalue.TaggedOutput(self.STRADDLING, json.dumps(sorted(by_split.items())))
         if first.label != records[-1].label:
             for record in records:
                 other = next(other for other in records if other.label != record.label)
                 reason = f"the same image is labelled {other.label!r} in {other.path}"
-                yield beam.pvalue.TaggedOutput(self.QUARANTINE, quarantined(record, reason))
+                yield beam.pvalue.TaggedOutput(self.QUARANTINE, _quarantined(record, reason))
             return
         for record in records[1:]:
             duplicate = {"file": record.path, "label": record.label, "same_as": first.path}
-            yield beam.pvalue.TaggedOutput(self.DUPLICATES, duplicate)
+            yield beam.pvalue.TaggedOutput(self.DUPLICATES, json.dumps(duplicate))
         yield dataclasses.replace(first, split=next(iter(by_split), None))
 
 
 class JoinNearDuplicates(beam.DoFn):
     """Finds images that look alike, among all; yields (digest, split) for those that must go to another one's split.
 
-    The groups leave by the output `groups`, as dicts of split and files.
+    The groups leave by the output `groups`, as JSON of split and files.
     """
 
     GROUPS = "groups"
@@ -203,8 +205,8 @@ class JoinNearDuplicates(beam.DoFn):
         self._config = config
 
     def process(self, keyed: tuple[None, Iterable[tuple]]) -> Iterator[Any]:
-        """Takes (digest, split or None, label, path, perceptual hash, thumbnail) of every image."""
-        images = sorted(keyed[1])
+        """Takes (digest, split or None, label, path in bytes, perceptual hash, thumbnail) of every image."""
+        images = sorted(keyed[1])  # by digest; no two have the same
         digests, given, labels, paths, hashes, thumbnails = zip(*images, strict=True)
         hashes = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), -1)
         thumbnails = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(images), -1)
@@ -219,13 +221,13 @@ class JoinNearDuplicates(beam.DoFn):
                     yield digests[index], split
                 files.append(
                     {
-                        "file": paths[index],
+                        "file": os.fsdecode(paths[index]),
                         "label": labels[index],
                         "split": split if is_moved else own,
                         "moved_from": own if is_moved else None,
                     }
                 )
-            yield beam.pvalue.TaggedOutput(self.GROUPS, {"split": split, "files": files})
+            yield beam.pvalue.TaggedOutput(self.GROUPS, json.dumps({"split": split, "files": files}))
 
 
 class WriteShard(beam.DoFn):
@@ -235,8 +237,8 @@ class WriteShard(beam.DoFn):
         self._folder = folder
         self._columns = tuple(columns)
 
-    def process(self, keyed: tuple[tuple[str, int, int], Iterable[Record | None]]) -> Iterator[dict[str, Any]]:
-        """Yields a dict of file, its SHA-256, split, images per class, and counts of facts and columns.
+    def process(self, keyed: tuple[tuple[str, int, int], Iterable[Record | None]]) -> Iterator[str]:
+        """Yields as JSON a dict of file, its SHA-256, split, images per class, and counts of facts and columns.
 
         Args:
           keyed: (split, shard, shards of the split) and the records of the shard; None among them counts for nothing.
@@ -251,7 +253,7 @@ class WriteShard(beam.DoFn):
                 writer.write(serialized[record.digest])
         with tf.io.gfile.GFile(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
-        yield {
+        result = {
             "file": name,
             "sha256": digest,
             "split": split,
@@ -262,19 +264,19 @@ class WriteShard(beam.DoFn):
                 for index, column in enumerate(self._columns)
             },
         }
+        yield json.dumps(result)
 
 
 _FACTS = {
     "height": lambda record: record.height,
     "width": lambda record: record.width,
     "brightness": lambda record: round(record.brightness, 2),
-    "kilobytes": lambda record: -(-record.num_bytes // 1000),
+    "bytes": lambda record: -(-record.num_bytes // 1000) * 1000,
 }
 
 
-def quarantined(image: ImageReference | Record, reason: str) -> dict[str, Any]:
-    """Returns a row of the quarantine list."""
-    return {"file": image.path, "label": image.label, "reason": reason, "line": image.line}
+def _quarantined(image: ImageReference | Record, reason: str) -> str:
+    return json.dumps({"file": image.path, "label": image.label, "reason": reason, "line": image.line})
 
 
 def _references(rows: Sequence[Sequence[Any]]) -> Iterator[ImageReference]:
@@ -392,15 +394,11 @@ def build_job(
         "shards": shards,
     }
     for name in RESULTS:
-        _ = (
-            told[name]
-            | f"Encode {name}" >> beam.Map(json.dumps)
-            | f"Report {name}" >> beam.io.WriteToText(os.path.join(results, name), num_shards=1)
-        )
+        _ = told[name] | f"Report {name}" >> beam.io.WriteToText(os.path.join(results, name), num_shards=1)
 
 
 def _looks(record: Record) -> tuple[None, tuple]:
-    return None, (record.digest, record.split, record.label, record.path, record.perceptual_hash, record.thumbnail)
+    return None, (record.digest, record.split, record.label, os.fsencode(record.path), record.perceptual_hash, record.thumbnail)
 
 
 def _key_by_digest(record: Record) -> tuple[str, Record]:

@@ -116,7 +116,6 @@ def test_write_data_report_of_prepared_records_shows_the_counts_given(prepared):
         assert f" {name} {' '.join(map(str, numbers))} {sum(numbers)} 50.0 %" in page.text
     totals = [sum(report["counts"][split].values()) for split in SPLITS]
     assert f"all classes {' '.join(map(str, totals))} 60" in page.text
-    assert "No warnings." in page.text
     assert "Empty: every image listed could be used." in page.text
     assert report["fingerprint"] in page.text
     for name, digest in report["shards"].items():
@@ -174,7 +173,7 @@ def test_write_data_report_shows_facts_columns_and_conversions(tmp_path):
     assert "height, pixels 72 72 1,500" in page.text
     assert "width, pixels 72 80.5 72" in page.text
     assert "brightness, from 0 (black) to 1 (white) 0.10 0.46 0.90" in page.text
-    assert "size of the file 999 bytes 12.3 kB 12.3 MB" in page.text
+    assert "size of the record 999 bytes 12.3 kB 12.3 MB" in page.text
     assert "left 12 54.5 % (empty) 4 18.2 % rarer values 6 27.3 %" in page.text
     assert "EXIF rotation applied 3" in page.text
 

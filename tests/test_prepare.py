@@ -95,6 +95,7 @@ def test_main_leaves_the_files_of_the_contract(prepared):
     assert sorted(str(path.relative_to(prepared)) for path in prepared.rglob("*") if path.is_file()) == [
         "labels.txt",
         "quarantine.json",
+        "report.html",
         "report.json",
         "schema/schema.pbtxt",
         "test-00000-of-00001.tfrecord.gz",
