@@ -14,6 +14,7 @@ RUN = {
     "blessed": True,
     "pushed_model": "/runs/[x]/serving_model/1",
     "reasons": [],
+    "data_findings": [],
     "metrics": {
         "overall": {"accuracy": 0.925, "macro_f1": 0.9, "example_count": 40.0},
         "classes": {

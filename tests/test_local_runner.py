@@ -27,6 +27,7 @@ COMPONENTS = [
     "StatisticsGen",
     "Schema",
     "ExampleValidator",
+    "LatestBlessedStatistics",
     "DataGate",
     "Transform",
     "Trainer",
@@ -34,7 +35,7 @@ COMPONENTS = [
     "Evaluator",
     "Pusher",
 ]
-LOOKUPS = {"Schema", "LatestBlessedModel"}  # they ask the metadata store and have nothing to reuse
+LOOKUPS = {"Schema", "LatestBlessedStatistics", "LatestBlessedModel"}  # they ask the metadata store and have nothing to reuse
 ROOT = Path(local_runner.__file__).parent
 # Larger valid and test splits, so that a few dozen images judge a model fairly.
 SMOKE = ["--preset", "smoke", "--set", "data.valid_fraction=0.2", "--set", "data.test_fraction=0.3"]

@@ -38,6 +38,7 @@ RUN = {
     "blessed": True,
     "reasons": [],
     "pushed_model": "/runs/photos/serving_model/17",
+    "data_findings": [],
 }
 REFUSED = RUN | {
     "exit_code": 3,
