@@ -98,7 +98,7 @@ def DataGate(  # noqa: N802 (a component's name is a class name to its users)
         counts = drift.num_examples(splits[TRAIN_SPLIT]), drift.num_examples(other)
         if min(counts) < min_examples:
             not_compared.append(
-                f"{kind}: train, of {counts[0]} examples, was not compared with {name}, of {counts[1]}: "
+                f"{kind}: train ({counts[0]} examples) was not compared with {name} ({counts[1]}): "
                 f"both need {min_examples} (data_gate.min_examples), as few examples differ by chance"
             )
         else:

@@ -119,6 +119,13 @@ def test_write_report_shows_the_numbers(tmp_path):
     assert re.search(r"tensorflow 2\.\d+", text)
 
 
+def test_write_report_lists_what_the_data_gate_found(tmp_path):
+    finding = "skew in `label`: 50.0% of train and 80.0% of test are '<b>'"
+
+    assert finding in _Reader(_report(tmp_path, RUN | {"data_findings": [finding]})).text
+    assert "data gate" not in _Reader(_report(tmp_path, RUN)).text.lower().replace('"data_gate"', "")
+
+
 def test_write_report_draws_the_confusion_matrix_and_the_curves(tmp_path):
     page = _report(tmp_path, RUN)
 
