@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.spinner import Spinner
 
-from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_BLESSED, InputError, exit_code, report_error
+from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_BLESSED, DataAnomalyError, InputError, exit_code, report_error
 from pipeline.console import Progress, live, output_to_log, print_summary
 
 EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
@@ -123,7 +123,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
     where = f"data {escape(config.data.input)} · log {escape(str(workspace / 'run.log'))}"
     console.print(f"[bold]{config.pipeline_name}[/] · {where}", highlight=False, soft_wrap=True)
     run: dict[str, Any] = {"pipeline": config.pipeline_name, "exit_code": EXIT_FAILED, "seconds": 0.0, "counts": {}}
-    run |= {"components": [], "metrics": {}, "blessed": False, "reasons": [], "pushed_model": None}
+    run |= {"components": [], "metrics": {}, "blessed": False, "reasons": [], "pushed_model": None, "data_findings": []}
     for name in ("run.json", "report.html"):  # of an earlier run, which they would still speak of if this one were killed
         (workspace / name).unlink(missing_ok=True)
     progress = Progress(console)
@@ -159,6 +159,8 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
     except BaseException as error:
         logging.getLogger().error("the run ended", exc_info=error)
         run["reasons"] = [str(error).strip() or type(error).__name__]
+        if isinstance(error, DataAnomalyError):
+            run["reasons"] = run["data_findings"] = list(error.args)
         run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else exit_code(error)
         raise
     finally:

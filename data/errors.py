@@ -24,7 +24,10 @@ class InputError(ValueError):
 
 
 class DataAnomalyError(RuntimeError):
-    """The data does not obey its schema; the data gate has stopped the run."""
+    """The data does not obey its schema; the data gate has stopped the run. Each argument is a finding, a sentence."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(finding) for finding in self.args)
 
 
 def exit_code(error: BaseException) -> int:
@@ -35,11 +38,13 @@ def exit_code(error: BaseException) -> int:
 
 
 def report_error(error: Exception, *, debug: bool) -> int:
-    """Prints an error to standard error, in a line or with its traceback, and returns the exit code."""
+    """Prints an error to standard error, short with its notes or with its traceback, and returns the exit code."""
     if debug:
         traceback.print_exception(error)
     else:
-        print(f"error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+        print(
+            f"error: {str(error).strip() or type(error).__name__}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr
+        )
     return exit_code(error)
 
 

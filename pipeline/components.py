@@ -1,61 +1,211 @@
-"""Our own TFX components and resolver, only where TFX has none.
+"""Our own TFX components and resolvers, only where TFX has none.
 
 Called by `pipeline.pipeline`.
 """
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, TypedDict
 
 import ml_metadata as mlmd
-from tensorflow_metadata.proto.v0 import anomalies_pb2
+import pydantic
+import tensorflow_data_validation as tfdv
+from ml_metadata.proto import metadata_store_pb2
+from tensorflow_metadata.proto.v0 import anomalies_pb2, statistics_pb2
 from tfx import types
 from tfx.components.evaluator import constants
+from tfx.components.statistics_gen import stats_artifact_utils
 from tfx.dsl.component.experimental.annotations import InputArtifact, Parameter
 from tfx.dsl.component.experimental.decorators import component
 from tfx.dsl.components.common.resolver import ResolverStrategy
 from tfx.dsl.io import fileio
 from tfx.types import artifact_utils, standard_artifacts
-from tfx.utils import path_utils
+from tfx.types.standard_component_specs import EXAMPLES_KEY
+from tfx.utils import io_utils, path_utils
 
 from data.errors import DataAnomalyError
-from data.features import LABELS_FILE
+from data.features import LABELS_FILE, TRAIN_SPLIT
 from data.sources import read_lines
 from models.trainer import EXTRA_FOLDER
+from pipeline import drift
 
 _ANOMALIES_FILE = "SchemaDiff.pb"  # as ExampleValidator names it
+
+
+class DataFindings(TypedDict):
+    """What the data gate puts out.
+
+    Attributes:
+      findings: sentences, in an artifact of the type JsonValue; on Vertex, types of our own could not be loaded in a step, as
+        their names have to be `module.Class`.
+    """
+
+    findings: list[str]
+
+
+class DataGateConfig(pydantic.BaseModel):
+    """What the data gate does with what it finds; the limits themselves are in the schema.
+
+    Attributes:
+      action: `stop` ends the run with exit code 4 where anything was found; `warn` goes on and lists it.
+      min_examples: that both sides of a comparison need, at least 1; small splits differ by chance.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    action: Literal["stop", "warn"] = "stop"
+    min_examples: int = pydantic.Field(100, ge=1)
 
 
 @component
 def DataGate(  # noqa: N802 (a component's name is a class name to its users)
     anomalies: InputArtifact[standard_artifacts.ExampleAnomalies],
+    statistics: InputArtifact[standard_artifacts.ExampleStatistics],
+    schema: InputArtifact[standard_artifacts.Schema],
+    action: Parameter[str],
+    min_examples: Parameter[int],
     code: Parameter[str],
-) -> None:
-    """Stops the run where ExampleValidator found anomalies; TFX itself would go on.
+    baseline_statistics: InputArtifact[standard_artifacts.ExampleStatistics] = None,
+) -> DataFindings:
+    """Stops the run where the data has anomalies, skew between its splits or drift; TFX itself would go on.
 
     Args:
       anomalies: what ExampleValidator wrote, a file for each split.
+      statistics: of this run's data.
+      schema: with the comparators that limit skew and drift.
+      action: as in `DataGateConfig`.
+      min_examples: as in `DataGateConfig`.
       code: fingerprint of this code, for the cache.
+      baseline_statistics: of the data that the latest blessed model was trained on, if there is any other than this.
+
+    Returns:
+      What does not stop the run: findings that are only to warn, and what was not compared.
 
     Raises:
-      DataAnomalyError: naming every anomaly of every split.
+      DataAnomalyError: with a sentence for each finding.
     """
+    limits = tfdv.load_schema_text(io_utils.get_only_uri_in_dir(schema.uri))
+    splits = _load_statistics(statistics)
+    found = _find_anomalies(anomalies)
+    not_compared = []
+    comparisons = [(drift.SKEW, name, splits[name]) for name in splits if name != TRAIN_SPLIT]
+    if baseline_statistics is not None:
+        earlier = _load_statistics(baseline_statistics)[TRAIN_SPLIT]
+        comparisons.append((drift.DRIFT, "the train split of the latest blessed model", earlier))
+    for kind, name, other in comparisons:
+        if not drift.has_comparators(limits, kind):
+            continue
+        counts = drift.num_examples(splits[TRAIN_SPLIT]), drift.num_examples(other)
+        if min(counts) < min_examples:
+            not_compared.append(
+                f"{kind}: train ({counts[0]} examples) was not compared with {name} ({counts[1]}): "
+                f"both need {min_examples} (data_gate.min_examples), as few examples differ by chance"
+            )
+        else:
+            found += drift.find_differences(splits[TRAIN_SPLIT], other, schema=limits, kind=kind, names=("train", name))
+    if found and action == "stop":
+        error = DataAnomalyError(*found)
+        error.add_note(
+            "Mend the data; or, where the data is right, edit its schema (domains, ranges, comparators); "
+            'or set data_gate.action to "warn" to go on.'
+        )
+        raise error
+    return {"findings": [*found, *not_compared]}
+
+
+def _load_statistics(artifact: types.Artifact) -> dict[str, statistics_pb2.DatasetFeatureStatisticsList]:
+    """Reads StatisticsGen's output: split -> statistics."""
+    names = artifact_utils.decode_split_names(artifact.split_names)
+    return {name: stats_artifact_utils.load_statistics(artifact, name).proto() for name in names}
+
+
+def _find_anomalies(artifact: types.Artifact) -> list[str]:
+    """Returns a sentence for each anomaly that ExampleValidator found."""
     found = []
-    for split in artifact_utils.decode_split_names(anomalies.split_names):
-        path = os.path.join(artifact_utils.get_split_uri([anomalies], split), _ANOMALIES_FILE)
+    for split in artifact_utils.decode_split_names(artifact.split_names):
+        path = os.path.join(artifact_utils.get_split_uri([artifact], split), _ANOMALIES_FILE)
         with fileio.open(path, "rb") as file:
-            anomalies_of_split = anomalies_pb2.Anomalies.FromString(file.read())
-        if anomalies_of_split.data_missing:
-            found.append(f"{split}: there is no data")
-        if anomalies_of_split.HasField("dataset_anomaly_info"):
-            found.append(f"{split}: {anomalies_of_split.dataset_anomaly_info.description}")
-        for feature, anomaly in sorted(anomalies_of_split.anomaly_info.items()):
-            found.append(f"{split}: {feature}: {anomaly.description}")
-    if found:
-        raise DataAnomalyError("\n".join(found))
+            anomalies = anomalies_pb2.Anomalies.FromString(file.read())
+        if anomalies.data_missing:
+            found.append(f"anomaly in {split}: there is no data")
+        if anomalies.HasField("dataset_anomaly_info"):
+            found.append(f"anomaly in {split}: {anomalies.dataset_anomaly_info.description.strip()}")
+        for feature, anomaly in sorted(anomalies.anomaly_info.items()):
+            found.append(f"anomaly in `{feature}` of {split}: {anomaly.description.strip()}")
+    return found
+
+
+def _blessed(blessings: Iterable[types.Artifact]) -> Iterator[tuple[types.Artifact, int]]:
+    """Yields the blessings that bless, latest first, each with its model's id."""
+    for blessing in sorted(blessings, key=lambda artifact: artifact.id, reverse=True):
+        if blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY) == constants.BLESSED_VALUE:
+            yield blessing, blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY)
+
+
+def _labels_path(model: types.Artifact) -> str:
+    """Returns where the trainer left the class list, beside the exported model."""
+    return os.path.join(path_utils.serving_model_path(model.uri), EXTRA_FOLDER, LABELS_FILE)
+
+
+class LatestBlessedStatisticsStrategy(ResolverStrategy):
+    """Resolves the statistics of the data that the latest blessed model was trained on, but never those of this run's data.
+
+    Where that model was trained on this run's data there is nothing to compare, as in a pipeline's first run, so that a rerun
+    of it is all cache. An older model's data is not taken in its place: this data has been accepted since, with whatever drift.
+
+    Data of another class list is meant to differ; it is passed over. So is a model that is gone, or its statistics.
+    """
+
+    def __init__(self, class_names: Sequence[str]):
+        self._class_names = tuple(class_names)
+
+    def resolve_artifacts(
+        self, store: mlmd.MetadataStore, input_dict: dict[str, list[types.Artifact]]
+    ) -> dict[str, list[types.Artifact]]:
+        """Resolves `baseline_statistics` among all of the pipeline's, by `model` and `model_blessing`, also all of them.
+
+        `statistics` are those of this run's data.
+        """
+        (current,) = input_dict["statistics"]
+        current_examples = _examples_of(store, current)
+        models = {model.id: model for model in input_dict["model"]}
+        for _, model_id in _blessed(input_dict["model_blessing"]):
+            if model_id not in models or not self._has_class_names(models[model_id]):
+                continue
+            examples = _examples_of(store, models[model_id])
+            if examples == current_examples:
+                break
+            for statistics in sorted(input_dict["baseline_statistics"], key=lambda artifact: artifact.id, reverse=True):
+                if _examples_of(store, statistics) == examples and fileio.exists(statistics.uri):
+                    return self._resolved(current, [statistics])
+        return self._resolved(current, [])
+
+    def _has_class_names(self, model: types.Artifact) -> bool:
+        path = _labels_path(model)
+        return fileio.exists(path) and tuple(read_lines(path)) == self._class_names
+
+    @staticmethod
+    def _resolved(current: types.Artifact, baseline: list[types.Artifact]) -> dict[str, list[types.Artifact]]:
+        return {"statistics": [current], "baseline_statistics": baseline, "model": [], "model_blessing": []}
+
+
+def _examples_of(store: mlmd.MetadataStore, artifact: types.Artifact) -> set[int]:
+    """Returns the ids of the examples from which a component made an artifact: Trainer a model, StatisticsGen statistics."""
+    executions = {
+        event.execution_id
+        for event in store.get_events_by_artifact_ids([artifact.id])
+        if event.type == metadata_store_pb2.Event.OUTPUT
+    }
+    return {
+        event.artifact_id
+        for event in store.get_events_by_execution_ids(sorted(executions))
+        if event.type == metadata_store_pb2.Event.INPUT and event.path.steps[0].key == EXAMPLES_KEY
+    }
 
 
 def _class_names(model: types.Artifact) -> tuple[str, ...]:
     """Reads the class list that the trainer left beside the exported model."""
-    path = os.path.join(path_utils.serving_model_path(model.uri), EXTRA_FOLDER, LABELS_FILE)
+    path = _labels_path(model)
     if not fileio.exists(path):
         raise RuntimeError(
             f"Expected the blessed model {model.uri} to be where it was trained, as new ones are compared with it. "
@@ -81,13 +231,7 @@ class LatestOtherBlessedModelStrategy(ResolverStrategy):
         del store  # the artifacts carry all that is needed
         (candidate,) = input_dict["candidate"]
         models = {model.id: model for model in input_dict["model"]}
-        blessings = [
-            blessing
-            for blessing in sorted(input_dict["model_blessing"], key=lambda artifact: artifact.id, reverse=True)
-            if blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY) == constants.BLESSED_VALUE
-        ]
-        for blessing in blessings:
-            model_id = blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY)
+        for blessing, model_id in _blessed(input_dict["model_blessing"]):
             if model_id == candidate.id:
                 baseline_id = blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY)
                 baseline = [models[baseline_id]] if baseline_id in models else []

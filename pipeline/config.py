@@ -19,6 +19,7 @@ from data.prepare import DataConfig
 from models.classifier import ModelConfig
 from models.devices import DeviceConfig
 from models.trainer import TrainingConfig
+from pipeline.components import DataGateConfig
 from pipeline.evaluation import EvaluationConfig
 from pipeline.vertex import VertexConfig
 from preprocessing.images import PreprocessingConfig
@@ -62,6 +63,7 @@ class Config(pydantic.BaseModel):
     preset: Literal["smoke", "default"] = "default"
     pipeline: PipelineConfig = PipelineConfig()
     data: DataConfig = DataConfig()
+    data_gate: DataGateConfig = DataGateConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()

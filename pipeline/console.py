@@ -179,7 +179,7 @@ class Progress(logging.Handler):
 
 
 def print_summary(console: Console, run: dict[str, Any]) -> None:
-    """Prints the verdict of a finished run: accuracy per class, blessed or not and why, where the model is.
+    """Prints the verdict of a finished run: accuracy per class, what the data gate found, blessed or not and why, the model.
 
     Args:
       console: of the terminal.
@@ -208,6 +208,10 @@ def print_summary(console: Console, run: dict[str, Any]) -> None:
         f"[bold]{overall['macro_f1']:.3f}[/]",
     )
     console.print(table)
+    if run["data_findings"]:
+        console.print("[bold yellow]Data gate[/]:", highlight=False)
+        for finding in run["data_findings"]:
+            console.print(f"  - {finding}", highlight=False, markup=False, soft_wrap=True)
     if run["blessed"]:
         console.print("[bold green]Blessed[/]: the model passed every threshold.", highlight=False)
         console.print(f"Model   {run['pushed_model']}", highlight=False, markup=False, soft_wrap=True)

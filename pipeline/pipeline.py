@@ -46,8 +46,9 @@ from data.features import (
 from data.fingerprint import code_fingerprint
 from data.prepare import DataConfig, read_class_names
 from models.trainer import CONFIG_KEY, TrainerConfig
-from pipeline.components import DataGate, LatestOtherBlessedModelStrategy
+from pipeline.components import DataGate, LatestBlessedStatisticsStrategy, LatestOtherBlessedModelStrategy
 from pipeline.config import Config
+from pipeline.drift import NUM_QUANTILES
 from pipeline.evaluation import eval_config
 from pipeline.vertex import serving_args, training_job
 
@@ -131,7 +132,9 @@ def create_pipeline(
     # What the data is: over labels, columns and cheap facts of the images, never over their bytes.
     statistics_gen = StatisticsGen(
         examples=example_gen.outputs["examples"],
-        stats_options=tfdv.StatsOptions(feature_allowlist=[LABEL_KEY, *FACT_KEYS, *records.columns]),
+        stats_options=tfdv.StatsOptions(
+            feature_allowlist=[LABEL_KEY, *FACT_KEYS, *records.columns], num_quantiles_histogram_buckets=NUM_QUANTILES
+        ),
     )
 
     # What the data must be: written beside the records. Without a fingerprint the file may have changed, so it is read anew.
@@ -142,9 +145,18 @@ def create_pipeline(
         reimport=not records.schema_fingerprint,
     ).with_id("Schema")
 
-    # Whether it is.
+    # Whether it is, and whether it is like the data of the model in use.
     example_validator = ExampleValidator(statistics=statistics_gen.outputs["statistics"], schema=schema.outputs["result"])
-    data_gate = DataGate(anomalies=example_validator.outputs["anomalies"], code=code_fingerprint("pipeline.components"))
+    baseline_statistics = _baseline_statistics_resolver(statistics_gen, records, on_vertex)
+    data_gate = DataGate(
+        anomalies=example_validator.outputs["anomalies"],
+        statistics=statistics_gen.outputs["statistics"],
+        schema=schema.outputs["result"],
+        action=config.data_gate.action,
+        min_examples=config.data_gate.min_examples,
+        code=code_fingerprint("pipeline.components"),
+        baseline_statistics=baseline_statistics and baseline_statistics.outputs["baseline_statistics"],
+    )
 
     # One preprocessing for training, evaluation and serving: traced only, as without analyzers there is nothing to compute.
     transform = Transform(
@@ -197,6 +209,7 @@ def create_pipeline(
             statistics_gen,
             schema,
             example_validator,
+            *([baseline_statistics] if baseline_statistics else []),
             data_gate,
             transform,
             trainer,
@@ -208,6 +221,20 @@ def create_pipeline(
         beam_pipeline_args=list(beam_pipeline_args),
         metadata_connection_config=metadata_connection_config,
     )
+
+
+def _baseline_statistics_resolver(statistics_gen: BaseComponent, records: Records, on_vertex: bool) -> Resolver | None:
+    if on_vertex:  # which knows TFX's own strategies only, and none finds a model's data: the data gate leaves drift out
+        return None
+    resolver = Resolver(
+        strategy_class=LatestBlessedStatisticsStrategy,
+        config={"class_names": list(records.class_names)},
+        statistics=statistics_gen.outputs["statistics"],
+        baseline_statistics=Channel(type=standard_artifacts.ExampleStatistics),
+        model=Channel(type=standard_artifacts.Model),
+        model_blessing=Channel(type=standard_artifacts.ModelBlessing),
+    )
+    return resolver.with_id("LatestBlessedStatistics")
 
 
 def _trainer(config: Config, on_vertex: bool) -> type[BaseComponent]:

@@ -28,12 +28,14 @@ class Results:
       blessed: whether the Evaluator blessed the model.
       pushed_model: folder of the pushed SavedModel, or None.
       history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`.
+      data_findings: sentences of the data gate, which did not stop the run.
     """
 
     evaluation: Evaluation
     blessed: bool
     pushed_model: str | None
     history: dict[str, list[float]]
+    data_findings: list[str]
 
     def as_run(self) -> dict[str, Any]:
         """Returns this part of `run.json`."""
@@ -44,6 +46,7 @@ class Results:
             "blessed": self.blessed,
             "reasons": [] if self.blessed else reasons,
             "pushed_model": self.pushed_model,
+            "data_findings": self.data_findings,
         }
 
 
@@ -61,6 +64,7 @@ def read_results(metadata_path: Path, class_names: Sequence[str]) -> Results:
         blessed=is_blessed(artifacts["ModelBlessing"].uri),
         pushed_model=_pushed_model(artifacts.get("PushedModel")),
         history=history,
+        data_findings=json.loads(Path(artifacts["JsonValue"].uri).read_text(encoding="utf-8")),
     )
 
 

@@ -14,6 +14,7 @@ RUN = {
     "blessed": True,
     "pushed_model": "/runs/[x]/serving_model/1",
     "reasons": [],
+    "data_findings": [],
     "metrics": {
         "overall": {"accuracy": 0.925, "macro_f1": 0.9, "example_count": 40.0},
         "classes": {
@@ -221,3 +222,14 @@ def test_print_summary_says_why_a_model_is_refused():
     assert "Not blessed, so nothing was pushed:" in shown
     assert f"  - {reason}\n  - another\n" in shown
     assert "Model " not in shown
+
+
+def test_print_summary_lists_what_the_data_gate_found():
+    console, silent = _console(), _console()
+    finding = "skew in `label`: 50.0% of train and 80.0% of test are '[red]'" + " and on" * 20
+
+    print_summary(console, RUN | {"data_findings": [finding, "another"]})
+    print_summary(silent, RUN)
+
+    assert f"Data gate:\n  - {finding}\n  - another\n" in console.file.getvalue()
+    assert "Data gate" not in silent.file.getvalue()

@@ -35,6 +35,7 @@ class _Picture(pydantic.BaseModel):
     [
         (InputError("wrong"), 2),
         (DataAnomalyError("odd"), 4),
+        (DataAnomalyError("odd", "odder"), 4),
         (RuntimeError("broken"), 1),
         (ValueError("broken"), 1),
         (KeyboardInterrupt(), 1),
@@ -55,6 +56,14 @@ def test_report_error_prints_one_line_to_standard_error(capsys):
     assert code == 2
     assert captured.err == "error: Expected a. Received: b.\n"
     assert captured.out == ""
+
+
+def test_report_error_prints_each_finding_and_then_what_to_do(capsys):
+    error = DataAnomalyError("height is 0", "label is 'x'")
+    error.add_note("Mend the data.")
+
+    assert report_error(error, debug=False) == 4
+    assert capsys.readouterr().err == "error: height is 0\nlabel is 'x'\nMend the data.\n"
 
 
 def test_report_error_names_the_class_of_an_error_without_a_message(capsys):

@@ -94,6 +94,18 @@ def test_make_schema_demands_only_the_features_that_have_statistics():
     assert all(features[name].presence.min_fraction == 1.0 for name in required)
 
 
+def test_make_schema_limits_skew_and_drift_of_every_feature_that_has_statistics():
+    features = {feature.name: feature for feature in make_schema(["a", "b"], ["camera"]).feature}
+
+    for comparator in ("skew_comparator", "drift_comparator"):
+        limits = {
+            name: getattr(feature, comparator).infinity_norm.threshold
+            for name, feature in features.items()
+            if feature.HasField(comparator)
+        }
+        assert limits == {"label": 0.2, "camera": 0.2} | dict.fromkeys(FACT_KEYS, 0.3)
+
+
 def test_make_schema_makes_every_feature_a_dense_scalar():
     schema = make_schema(["a", "b"], ["camera"])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import html
 import json
 import os
 import pty
@@ -27,6 +28,7 @@ COMPONENTS = [
     "StatisticsGen",
     "Schema",
     "ExampleValidator",
+    "LatestBlessedStatistics",
     "DataGate",
     "Transform",
     "Trainer",
@@ -34,7 +36,7 @@ COMPONENTS = [
     "Evaluator",
     "Pusher",
 ]
-LOOKUPS = {"Schema", "LatestBlessedModel"}  # they ask the metadata store and have nothing to reuse
+LOOKUPS = {"Schema", "LatestBlessedStatistics", "LatestBlessedModel"}  # they ask the metadata store and have nothing to reuse
 ROOT = Path(local_runner.__file__).parent
 # Larger valid and test splits, so that a few dozen images judge a model fairly.
 SMOKE = ["--preset", "smoke", "--set", "data.valid_fraction=0.2", "--set", "data.test_fraction=0.3"]
@@ -89,6 +91,9 @@ def test_first_run_executes_every_component_and_pushes(first_run) -> None:
     assert all(state == "ran" for state in states(result).values())
     assert result["blessed"] is True
     assert result["reasons"] == []
+    # A few dozen images are too few to compare the splits, and there is no earlier data.
+    assert [finding.split(" (")[0] for finding in result["data_findings"]] == ["skew: train", "skew: train"]
+    assert all("was not compared with" in finding for finding in result["data_findings"])
     assert result["pipeline"] == "shapes"
     assert sum(result["counts"][split][label] for split in SPLITS for label in ("circle", "square")) == 80
     for name in ("report.html", "run.log", "tfrecords/labels.txt"):
@@ -228,7 +233,38 @@ def test_data_gate_stops_records_that_disobey_the_schema(first_run, tmp_path: Pa
     assert code == 4
     assert states(result)["DataGate"] == "failed"
     assert states(result)["Trainer"] == "waiting"
-    assert "label" in capfd.readouterr().err
+    assert len(result["reasons"]) == len(SPLITS)
+    assert all(reason.startswith("anomaly in `label` of ") and "square" in reason for reason in result["reasons"])
+    assert result["data_findings"] == result["reasons"]
+    *printed, hint = capfd.readouterr().err.splitlines()
+    assert "\n".join(printed) == "error: " + "\n".join(result["reasons"])
+    assert "edit its schema" in hint
+
+
+def test_data_that_drifts_from_the_blessed_models_stops_the_run_unless_it_is_only_to_warn(
+    workspace: Path, make_images, tmp_path: Path, capfd
+) -> None:
+    images = make_images(tmp_path / "shapes", size=96)
+    settings = ["--data", str(images), "--set", "data_gate.min_examples=30", "--set", "evaluation.max_accuracy_drop=1"]
+    warn = ["--set", "data_gate.action=warn"]
+
+    code, stopped = run(workspace, *settings)
+    assert code == 4
+    assert states(stopped)["Trainer"] == "waiting"
+    assert {reason.split(":")[0] for reason in stopped["reasons"]} == {"drift in `height`", "drift in `width`"}
+    capfd.readouterr()
+
+    code, warned = run(workspace, *settings, *warn)
+    assert code == 0
+    assert warned["data_findings"][:2] == stopped["reasons"]
+    report, shown = html.unescape((workspace / "report.html").read_text()), capfd.readouterr().out
+    assert all(finding in report and finding in shown for finding in warned["data_findings"])
+
+    # The blessed model is now of this data.
+    code, accepted = run(workspace, *settings)
+    assert code == 0
+    assert {name for name, state in states(accepted).items() if state == "ran"} == {*LOOKUPS, "DataGate"}
+    assert not any("drift" in finding for finding in accepted["data_findings"])
 
 
 def test_broken_images_are_quarantined_and_the_run_goes_on(make_images, tmp_path: Path) -> None:

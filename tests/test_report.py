@@ -38,6 +38,7 @@ RUN = {
     "blessed": True,
     "reasons": [],
     "pushed_model": "/runs/photos/serving_model/17",
+    "data_findings": [],
 }
 REFUSED = RUN | {
     "exit_code": 3,
@@ -116,6 +117,13 @@ def test_write_report_shows_the_numbers(tmp_path):
     assert "Pusher reused 0.1" in text
     assert '"min_accuracy"' in text
     assert re.search(r"tensorflow 2\.\d+", text)
+
+
+def test_write_report_lists_what_the_data_gate_found(tmp_path):
+    finding = "skew in `label`: 50.0% of train and 80.0% of test are '<b>'"
+
+    assert finding in _Reader(_report(tmp_path, RUN | {"data_findings": [finding]})).text
+    assert "data gate" not in _Reader(_report(tmp_path, RUN)).text.lower().replace('"data_gate"', "")
 
 
 def test_write_report_draws_the_confusion_matrix_and_the_curves(tmp_path):
