@@ -137,7 +137,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
                 from pipeline.report import write_report
                 from pipeline.results import read_results
             with progress.step("Prepare data") as step:
-                records, run["counts"] = _prepare(config, workspace, step)
+                records, run["counts"], run["data_findings"] = _prepare(config, workspace, step)
             pipeline = create_pipeline(
                 config,
                 records,
@@ -151,7 +151,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
             LocalDagRunner().run(pipeline)
             with progress.step("Report"):
                 found = read_results(workspace / "pipeline" / "metadata.db", records.class_names)
-                run |= found.as_run()
+                run |= found.as_run() | {"data_findings": [*run["data_findings"], *found.data_findings]}
                 run["exit_code"] = EXIT_DONE if run["blessed"] and run["pushed_model"] else EXIT_NOT_BLESSED
                 run["components"] = _components(progress)
                 run["seconds"] = round(time.monotonic() - started, 1)
@@ -160,7 +160,8 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
         logging.getLogger().error("the run ended", exc_info=error)
         run["reasons"] = [str(error).strip() or type(error).__name__]
         if isinstance(error, DataAnomalyError):
-            run["reasons"] = run["data_findings"] = list(error.args)
+            run["reasons"] = list(error.args)
+            run["data_findings"] += error.args
         run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else exit_code(error)
         raise
     finally:
@@ -177,8 +178,8 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
 LOCAL_BEAM_ARGS = ("--runner=FnApiRunner", "--sdk_container_image=unused")
 
 
-def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, Any]]:
-    """Makes the records, or takes the ones that `--data` names."""
+def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, Any], list[str]]:
+    """Makes the records, or takes the ones that `--data` names; returns them, counts and warnings."""
     from data.prepare import prepare, read_report
     from data.sources import is_prepared
     from pipeline.pipeline import read_records
@@ -193,7 +194,7 @@ def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, An
         step.detail = f"{report['images']:,} images, {report['quarantined']} in quarantine"
     records = read_records(folder, config.data)
     counts = dict(report.get("counts", {})) | {"quarantined": report.get("quarantined", 0)}
-    return records, counts | {"duplicates": len(report.get("duplicates", []))}
+    return records, counts | {"duplicates": len(report.get("duplicates", []))}, report.get("warnings", [])
 
 
 def _components(progress: Progress) -> list[dict[str, Any]]:

@@ -179,7 +179,7 @@ class Progress(logging.Handler):
 
 
 def print_summary(console: Console, run: dict[str, Any]) -> None:
-    """Prints the verdict of a finished run: accuracy per class, what the data gate found, blessed or not and why, the model.
+    """Prints the verdict of a finished run: accuracy per class, what was found in the data, blessed or not and why, the model.
 
     Args:
       console: of the terminal.
@@ -209,7 +209,7 @@ def print_summary(console: Console, run: dict[str, Any]) -> None:
     )
     console.print(table)
     if run["data_findings"]:
-        console.print("[bold yellow]Data gate[/]:", highlight=False)
+        console.print("[bold yellow]Data[/]:", highlight=False)
         for finding in run["data_findings"]:
             console.print(f"  - {finding}", highlight=False, markup=False, soft_wrap=True)
     if run["blessed"]:

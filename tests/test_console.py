@@ -231,5 +231,5 @@ def test_print_summary_lists_what_the_data_gate_found():
     print_summary(console, RUN | {"data_findings": [finding, "another"]})
     print_summary(silent, RUN)
 
-    assert f"Data gate:\n  - {finding}\n  - another\n" in console.file.getvalue()
-    assert "Data gate" not in silent.file.getvalue()
+    assert f"Data:\n  - {finding}\n  - another\n" in console.file.getvalue()
+    assert "Data:" not in silent.file.getvalue()
