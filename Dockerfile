@@ -34,6 +34,8 @@ CMD ["python", "local_runner.py", "--help"]
 FROM apache/beam_python3.11_sdk:2.77.0 AS beam
 FROM pipeline AS dataflow
 COPY --from=beam /opt/apache/beam /opt/apache/beam
+# Beam would else make an environment of its own, which has none of our packages.
+ENV RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1
 ENTRYPOINT ["/opt/apache/beam/boot"]
 
 # The one that a plain `docker build` makes.

@@ -78,6 +78,7 @@ $(STAMP): $(LOCK)
 	@awk '/^[a-z]/ {is_uv = /^uv==/} is_uv' $(LOCK) > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/uv.lock
 	@echo "Installing and compiling $$(grep -c '^[a-z].*==' $(LOCK)) packages from $(LOCK)"
+	@rm -f $(VENV)/.installed-*
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --compile-bytecode --require-hashes $(LOCK)
-	@rm -f $(VENV)/.installed-* && touch $@
+	@touch $@
 	@echo "Ready"

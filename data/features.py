@@ -16,7 +16,7 @@ WIDTH_KEY = "width"  # int64: pixels
 # Cheap facts of the image, for statistics, drift and slices.
 ASPECT_KEY = "aspect"  # float: width / height
 BRIGHTNESS_KEY = "brightness"  # float: mean grey value, in [0, 1]
-CHANNELS_KEY = "channels"  # int64: as in the file; 1 grey, 2 grey and alpha, 3 colour, 4 colour and alpha
+CHANNELS_KEY = "channels"  # int64: as decoded; 1 grey, 2 grey and alpha, 3 colour, 4 colour and alpha
 FACT_KEYS = (HEIGHT_KEY, WIDTH_KEY, ASPECT_KEY, BRIGHTNESS_KEY, CHANNELS_KEY)
 RECORD_KEYS = (IMAGE_KEY, LABEL_KEY, FILENAME_KEY, *FACT_KEYS)
 
@@ -26,6 +26,7 @@ TEST_SPLIT = "test"
 SPLITS = (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
 
 LABELS_FILE = "labels.txt"
+REPORT_FILE = "report.json"  # of a finished preparation
 SCHEMA_FOLDER = "schema"
 SCHEMA_FILE = "schema.pbtxt"
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from PIL import ExifTags, Image
 
 HASH_SIDE = 16  # the perceptual hash has HASH_SIDE ** 2 bits
-THUMBNAIL_SIDE = 32  # pixels
+THUMBNAIL_SIDE = 16  # pixels
 _HASHED_SIDE = 4 * HASH_SIDE  # pixels that `imagehash.phash` looks at
 _MAX_FILE_BYTES = 512 * 1024**2  # no photograph is larger, and it would be read into memory
 _JPEG_QUALITY = 95
@@ -31,8 +31,8 @@ _TRANSPOSE = {  # by EXIF orientation, as `PIL.ImageOps.exif_transpose`
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# No retry mends these; a machine that is out of memory or of file handles fails the job, so that its runner tries again.
-_TRANSIENT_ERRORS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# These fail the job, so that its runner tries again; of anything else the image is to blame, as of the remote errors below.
+_TRANSIENT_ERRORS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _PERMANENT_REMOTE_ERRORS = (
     tf.errors.NotFoundError,
     tf.errors.InvalidArgumentError,
@@ -41,12 +41,11 @@ _PERMANENT_REMOTE_ERRORS = (
     tf.errors.UnimplementedError,
 )
 
-# Not all that Pillow knows: some formats, such as EPS, it hands to other programs. An older Pillow lacks some.
+# Not all that Pillow knows: some, such as EPS, it hands to other programs, and of ICO it decodes what is inside before it
+# tells the size. An older Pillow lacks some.
 Image.init()
 FORMATS = tuple(
-    name
-    for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO", "AVIF")
-    if name in Image.OPEN
+    name for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "PPM", "TGA", "AVIF") if name in Image.OPEN
 )
 _JPEG = ("JPEG", "MPO")  # the second is a JPEG with further images behind it, as phones write
 # The limit of `ImageLimits` is the one that counts, and is checked before anything is decoded.
@@ -81,7 +80,7 @@ class InspectedImage:
       encoded: JPEG or PNG bytes, of which TensorFlow decodes the upright image.
       height: pixels.
       width: pixels.
-      channels: of the image as it came, 1 to 4.
+      channels: of the image as it was decoded, 1 to 4.
       brightness: mean grey value, in [0, 1].
       perceptual_hash: `HASH_SIDE` ** 2 bits, packed; nearly the same for images that look alike.
       thumbnail: uint8 [THUMBNAIL_SIDE, THUMBNAIL_SIDE] grey values, as bytes.
@@ -254,6 +253,10 @@ def _convert(header: Image.Image, pixels: np.ndarray, orientation: int, limits: 
     if limits.max_side and max(image.size) > limits.max_side:
         scale = limits.max_side / max(image.size)
         size = tuple(max(1, round(side * scale)) for side in image.size)
+        if min(size) < limits.min_side:
+            raise UnusableImageError(
+                f"it would have {size[0]} x {size[1]} pixels; the shorter side must have {limits.min_side}"
+            )
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         conversions.append(f"shrunk to {limits.max_side} pixels")
     return image, conversions

@@ -20,10 +20,13 @@ if __name__ == "__main__":  # before the libraries below speak on the terminal
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
+import shutil
 import socket
 import sys
 from collections import Counter
@@ -38,17 +41,16 @@ from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
 
 from data.errors import EXIT_DONE, InputError, report_error, validate
-from data.features import LABELS_FILE, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, make_schema
+from data.features import LABELS_FILE, REPORT_FILE, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, make_schema
 from data.fingerprint import code_fingerprint
 from data.inspection import ImageLimits, is_remote
 from data.report import DATA_REPORT_FILE, write_data_report
 from data.sources import ELPV, Source, is_prepared, open_source, read_lines
 from data.splits import SplitConfig
-from data.steps import PARTS_FOLDER, RESULTS, build_job
+from data.steps import PARTS_FOLDER, RESULTS, RESULTS_SUFFIX, build_job
 
 logger = logging.getLogger("tfx_vision")
 
-REPORT_FILE = "report.json"
 QUARANTINE_FILE = "quarantine.json"
 MIN_EVALUATED = 10  # images of a class in a split, below which its accuracy says little
 _IMAGES_PER_LISTING = 256  # the smallest piece of work that Beam gives to a worker
@@ -90,22 +92,30 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
 
     Returns:
       The report: `input`, `images` listed, `counts` {split: {class: images}}, `quarantined`, `duplicates`, `near_duplicates`,
-      `warnings`, `conversions`, `facts`, `column_counts`, `class_names`, `columns`, `shards` {file: SHA-256}, `schema` (its
+      `warnings`, `converted`, `facts`, `column_counts`, `class_names`, `columns`, `shards` {file: SHA-256}, `schema` (its
       SHA-256), `fingerprint`, `reused`.
 
     Raises:
       InputError: if the source is unusable, too much of it is, or `output` exists and `overwrite` is off.
     """
-    output = output.rstrip("/")
-    _recover(output)
+    if is_remote(output):
+        return _prepare(config, output.rstrip("/"), beam_args, overwrite=overwrite)
+    output = os.path.realpath(output)  # a link stays one: what it points to is replaced
+    with _locked(output):
+        _recover(output)
+        return _prepare(config, output, beam_args, overwrite=overwrite)
+
+
+def _prepare(config: DataConfig, output: str, beam_args: Sequence[str], *, overwrite: bool) -> dict[str, Any]:
     source = open_source(config.input)
     fingerprint = _fingerprint(config, source)
     previous = read_report(output)
-    is_complete = previous and all(tf.io.gfile.exists(os.path.join(output, name)) for name in previous["shards"])
+    needed = (LABELS_FILE, os.path.join(SCHEMA_FOLDER, SCHEMA_FILE), *(previous["shards"] if previous else ()))
+    is_complete = previous and all(tf.io.gfile.exists(os.path.join(output, name)) for name in needed)
     if is_complete and previous["fingerprint"] == fingerprint:
         return previous | {"reused": True}
     _check_output(config, output, previous, overwrite=overwrite)
-    _check_edits(config, output, previous)
+    _check_edits(config, source, output, previous)
     temporary = f"{output}.tmp-{_process_name()}"
     if tf.io.gfile.exists(temporary):
         tf.io.gfile.rmtree(temporary)
@@ -164,7 +174,7 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
             results=results,
         )
 
-    found = {name: list(_read_results(results, name)) for name in RESULTS}
+    found = {name: _read_results(results, name) for name in RESULTS}
     for name in (results, os.path.join(folder, "listings"), os.path.join(folder, PARTS_FOLDER)):
         tf.io.gfile.rmtree(name)
     shards = sorted(found["shards"], key=lambda shard: shard["file"])
@@ -194,7 +204,7 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
         "quarantined": len(quarantine),
         "duplicates": duplicates,
         "near_duplicates": groups,
-        "warnings": _warnings(config, counts, groups, facts),
+        "warnings": [*_losses(found["tallies"]), *_warnings(config, counts, groups, facts)],
         "converted": dict(sum((Counter(tally["conversions"]) for tally in found["tallies"]), Counter())),
         "facts": facts,
         "column_counts": {name: dict(_merge(shards, "column_counts", name).most_common(20)) for name in source.columns},
@@ -275,6 +285,14 @@ def _check_straddling(straddling: list[list[tuple[str, str]]]) -> None:
         )
 
 
+def _losses(tallies: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{place.rpartition('#')[0]} is damaged: what follows its record {int(place.rpartition('#')[2]) - 1} is lost."
+        for tally in tallies
+        for place in tally["cut_off"]
+    ]
+
+
 def _warnings(
     config: DataConfig, counts: dict[str, dict[str, int]], groups: list[dict[str, Any]], facts: dict[str, dict[str, float]]
 ) -> list[str]:
@@ -290,12 +308,17 @@ def _warnings(
             )
     if moved := sum(any(file["moved_from"] for file in group["files"]) for group in groups):
         warnings.append(f"{moved} groups of images that look alike would have straddled splits; each is in one split now.")
-    if straddling := sum(len({file["split"] for file in group["files"]}) > 1 for group in groups):
+    if straddling := sum(len({file["split"] for file in group["files"]}) > 1 for group in groups if group["is_joined"]):
         warnings.append(
             f"{straddling} groups of images that look alike straddle splits, as the split column says so: "
             "the test is easier than it looks."
         )
-    if mixed := sum(len({file["label"] for file in group["files"]}) > 1 for group in groups):
+    if large := [len(group["files"]) for group in groups if not group["is_joined"]]:
+        warnings.append(
+            f"{max(large)} images look alike, too many for one split; they stay where they are. A fixed camera does that, "
+            "or frames with nothing in them."
+        )
+    if mixed := sum(len({file["label"] for file in group["files"]}) > 1 for group in groups if group["is_joined"]):
         warnings.append(f"{mixed} groups of images that look alike have different labels: one of them may be wrong.")
     if not config.max_side and max(facts["height"]["median"], facts["width"]["median"]) > _LARGE_SIDE:
         warnings.append(
@@ -335,14 +358,22 @@ def _check_output(config: DataConfig, output: str, previous: dict[str, Any] | No
             f"Expected to overwrite records that data.prepare wrote. Received: {output!r}, which holds something else. "
             "Name another folder."
         )
+    own = {LABELS_FILE, SCHEMA_FOLDER, QUARANTINE_FILE, REPORT_FILE, DATA_REPORT_FILE}
+    names = (name.rstrip("/") for name in tf.io.gfile.listdir(output))
+    if foreign := sorted(name for name in names if name not in own and not name.endswith(".tfrecord.gz")):
+        raise InputError(
+            f"Expected {output} to hold records and nothing else, as all of it is replaced. "
+            f"Received: {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''}. Move that, or name another folder."
+        )
 
 
-def _check_edits(config: DataConfig, output: str, previous: dict[str, Any] | None) -> None:
+def _check_edits(config: DataConfig, source: Source, output: str, previous: dict[str, Any] | None) -> None:
     """Refuses to lose a schema that a person has edited where it was written."""
     path = os.path.join(output, SCHEMA_FOLDER, SCHEMA_FILE)
     if config.schema_file or not previous or not tf.io.gfile.exists(path):
         return
-    if _digest(_read_text(path)) != previous.get("schema"):
+    generated = _digest(str(make_schema(source.class_names, source.columns)))  # a killed update has written it already
+    if _digest(_read_text(path)) not in (previous.get("schema"), generated):
         raise InputError(
             f"Expected {path} to be as it was written, as the records must be written anew. Received: an edited one. "
             "Copy it to a place of your own and name that in data.schema_file; it then counts for later data too. Or delete it."
@@ -395,16 +426,16 @@ def _status(path: str) -> str:
     try:
         if not is_remote(path):
             status = os.stat(path)
-            return f"{status.st_size} {status.st_mtime_ns}"
+            return f"{status.st_size} {status.st_mtime_ns} {status.st_mode}"
         status = tf.io.gfile.stat(path)
         return f"{status.length} {status.mtime_nsec}"
     except (OSError, ValueError, tf.errors.OpError):
         return "missing"  # the job quarantines it with its reason
 
 
-def _read_results(folder: str, name: str) -> Iterator[dict[str, Any]]:
-    for path in tf.io.gfile.glob(os.path.join(folder, f"{name}-*")):
-        yield from (json.loads(line) for line in read_lines(path))
+def _read_results(folder: str, name: str) -> list[Any]:
+    path = os.path.join(folder, f"{name}{RESULTS_SUFFIX}")
+    return [json.loads(line) for line in read_lines(path)] if tf.io.gfile.exists(path) else []
 
 
 def _read_text(path: str) -> str:
@@ -429,32 +460,55 @@ def _write_json(path: str, value: Any) -> None:
     _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _host_name() -> str:
-    return socket.gethostname().replace(".", "-")
-
-
-def _process_name() -> str:
-    return f"{_host_name()}-{os.getpid()}"
+@contextlib.contextmanager
+def _locked(output: str) -> Iterator[None]:
+    """Keeps a second preparation of the same folder out; the lock goes with the process, however it ends."""
+    folder, name = os.path.split(output)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f".{name}.lock")
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"Expected {output} to be free. Received: another preparation at work. Wait for it.") from error
+        try:
+            yield
+        finally:
+            os.unlink(path)
 
 
 def _recover(output: str) -> None:
-    """Clears up after a preparation that was killed: its folders carry the names of its machine and process."""
-    for path in tf.io.gfile.glob(f"{output}.tmp-*") + tf.io.gfile.glob(f"{output}.old-*"):
-        host, _, process = path.rpartition(".")[2].removeprefix("tmp-").removeprefix("old-").rpartition("-")
-        if "://" in path or host != _host_name() or os.path.exists(f"/proc/{process}"):
-            continue  # a bucket or another machine's, of which nobody here knows whether it is still at work
-        if ".old-" in path.removeprefix(output) and not tf.io.gfile.exists(output):
-            tf.io.gfile.rename(path, output)  # it was killed between the two renames
-        else:
-            tf.io.gfile.rmtree(path)
+    """Clears up after a preparation that was killed; under the lock, nobody else is at work here."""
+    folder, name = os.path.split(output)
+    for found in sorted(os.listdir(folder)):
+        path = os.path.join(folder, found)
+        if found.startswith(f"{name}.old-") and not os.path.exists(output):
+            os.rename(path, output)  # it was killed between the two renames
+        elif found.startswith((f"{name}.old-", f"{name}.tmp-")):
+            shutil.rmtree(path)
+
+
+def _process_name() -> str:
+    return f"{socket.gethostname().replace('.', '-')}-{os.getpid()}"
 
 
 def _replace(output: str, temporary: str) -> None:
-    """Puts a finished folder in place; an older one goes only once the new one is there."""
+    """Puts a finished folder in place; an older one goes only once the new one is there.
+
+    A bucket has no folders: its objects move one by one, and the report, by which records are known as such, last.
+    """
     old = f"{output}.old-{_process_name()}"
     if tf.io.gfile.exists(output):
         tf.io.gfile.rename(output, old)
-    tf.io.gfile.rename(temporary, output)
+    if is_remote(output):
+        for folder, _, names in tf.io.gfile.walk(temporary):
+            for name in names:
+                path = os.path.join(folder, name)
+                if path != os.path.join(temporary, REPORT_FILE):
+                    tf.io.gfile.rename(path, output + path.removeprefix(temporary))
+        tf.io.gfile.rename(os.path.join(temporary, REPORT_FILE), os.path.join(output, REPORT_FILE))
+    else:
+        tf.io.gfile.rename(temporary, output)
     if tf.io.gfile.exists(old):
         tf.io.gfile.rmtree(old)
 

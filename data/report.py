@@ -192,6 +192,7 @@ def _illustrate(group: dict[str, Any]) -> dict[str, Any]:
     rest = len(group["files"]) - len(files)
     return {
         "split": group["split"],
+        "is_joined": group.get("is_joined", True),
         "has_conflict": _has_conflict(group),
         # A bucket is left alone: a hundred downloads would hold the data set up.
         "files": [(file, None if "://" in file["file"] else _read_thumbnail(file["file"])) for file in files],

@@ -26,10 +26,13 @@ from data.features import (
     LABEL_KEY,
     LABELS_FILE,
     RECORD_KEYS,
+    REPORT_FILE,
     SCHEMA_FILE,
     SCHEMA_FOLDER,
     SPLITS,
+    TEST_SPLIT,
     TRAIN_SPLIT,
+    VALID_SPLIT,
 )
 from data.inspection import encode_pixels, is_remote
 
@@ -42,6 +45,7 @@ _CLASS_FILES = (LABELS_FILE, "dict.txt")  # the second is the name that the book
 _RECORD_FILE = re.compile(r"\.tfrec(ord)?s?(-\d+-of-\d+)?(\.gz)?$|^(train|valid|test)\b.*-\d+-of-\d+(\.gz)?$")
 _SHAPE_KEY = "shape"  # of a decoded image in TFRecords of the book's kind
 _GZIP_MAGIC = b"\x1f\x8b"
+_SPLIT_NAMES = {"train": TRAIN_SPLIT, "valid": VALID_SPLIT, "validation": VALID_SPLIT, "val": VALID_SPLIT, "test": TEST_SPLIT}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class ImageReference:
       encoded: the image itself where it comes from a TFRecord, None elsewhere.
       digest: of the content where the bytes are not the ones that the user gave.
       problem: why a TFRecord cannot be used.
+      is_cut_off: the rest of the file, of unknown length, cannot be read.
     """
 
     path: str
@@ -67,6 +72,7 @@ class ImageReference:
     encoded: bytes | None = None
     digest: str | None = None
     problem: str | None = None
+    is_cut_off: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +84,21 @@ class Source:
       columns: names of the extra columns, each a slice for the evaluation.
       references: the images, where they are files.
       record_files: the TFRecords that hold them, where they are not.
+      root: folder that the names in the records are relative to, so that they are the same on every machine.
     """
 
     class_names: tuple[str, ...]
     columns: tuple[str, ...]
     references: tuple[ImageReference, ...]
     record_files: tuple[str, ...] = ()
+    root: str = ""
 
 
 def is_prepared(path: str) -> bool:
     """Tells whether a folder holds records that `data.prepare` wrote."""
-    return bool(
-        tf.io.gfile.exists(os.path.join(path, LABELS_FILE))
-        and tf.io.gfile.exists(os.path.join(path, SCHEMA_FOLDER, SCHEMA_FILE))
-        and tf.io.gfile.glob(os.path.join(path, f"{TRAIN_SPLIT}-*.tfrecord.gz"))
+    needed = (LABELS_FILE, os.path.join(SCHEMA_FOLDER, SCHEMA_FILE), REPORT_FILE)  # the last is moved in last
+    return all(tf.io.gfile.exists(os.path.join(path, name)) for name in needed) and any(
+        name.startswith(f"{TRAIN_SPLIT}-") and name.endswith(".tfrecord.gz") for name in tf.io.gfile.listdir(path)
     )
 
 
@@ -147,7 +154,7 @@ def _folder(root: str) -> Source:
         ImageReference(path=path, label=label) for label in folders for path in _files(os.path.join(root, label))
     )
     # The class order is that of labels.txt or the alphabet.
-    return Source(_read_class_names(root) or tuple(folders), (), references)
+    return Source(_read_class_names(root) or tuple(folders), (), references, root=root)
 
 
 def _list_folder(folder: str) -> list[str]:
@@ -162,7 +169,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _files(folder: str) -> Iterator[str]:
-    """Yields the files below a folder, in order. Hidden ones are skipped; links are followed, once each."""
+    """Yields the files below a folder, in order. Hidden ones are skipped; links are followed, but not in circles."""
     if is_remote(folder):
         for parent, _, names in sorted(tf.io.gfile.walk(folder)):
             yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
@@ -192,7 +199,7 @@ def _record_source(root: str, record_files: tuple[str, ...]) -> Source:
         logger.info("looking for the class names in %d files, as there is no %s", len(record_files), LABELS_FILE)
         labels = (reference.label for path in record_files for reference in read_records(path, columns, decode=False))
         class_names = tuple(sorted(set(labels) - {""}))
-    return Source(class_names, columns, (), record_files)
+    return Source(class_names, columns, (), record_files, root=root)
 
 
 def read_records(path: str, columns: Sequence[str], *, decode: bool = True) -> Iterator[ImageReference]:
@@ -207,16 +214,26 @@ def read_records(path: str, columns: Sequence[str], *, decode: bool = True) -> I
       columns: extra columns to take over.
       decode: False leaves the images out.
     """
-    with tf.io.gfile.GFile(path, "rb") as file:
-        compression = "GZIP" if file.read(2) == _GZIP_MAGIC else ""
-    split = next((split for split in SPLITS if re.match(rf"{split}\b", os.path.basename(path))), None)
+    split = _SPLIT_NAMES.get(re.match(r"[a-z]*", os.path.basename(path).lower())[0])
     number = 0
     try:
-        for number, serialized in enumerate(tf.data.TFRecordDataset(path, compression).as_numpy_iterator(), 1):
+        for number, serialized in enumerate(tf.data.TFRecordDataset(path, _compression(path)).as_numpy_iterator(), 1):
             yield _record_reference(serialized, f"{path}#{number}", split, columns, decode=decode)
-    except tf.errors.OpError as error:
+    except tf.errors.DataLossError as error:  # any other goes up: a bucket out of reach is tried again
         problem = f"the file is damaged after record {number}: {error.message.split('[Op:')[0].strip()[:200]}"
-        yield ImageReference(f"{path}#{number + 1}", "", split, ("",) * len(columns), encoded=b"", problem=problem)
+        place = f"{path}#{number + 1}"
+        yield ImageReference(place, "", split, ("",) * len(columns), encoded=b"", problem=problem, is_cut_off=True)
+
+
+def _compression(path: str) -> str:
+    with tf.io.gfile.GFile(path, "rb") as file:
+        if file.read(2) != _GZIP_MAGIC:
+            return ""
+    try:  # the length of a first record can look like the mark of GZIP; its checksum cannot
+        next(iter(tf.data.TFRecordDataset(path).take(1)), None)
+    except tf.errors.DataLossError:
+        return "GZIP"
+    return ""
 
 
 def _record_reference(
@@ -293,8 +310,8 @@ def _csv(path: str) -> Source:
     if not references:
         raise InputError(f"Expected rows of path,label in {path}. Received: none.")
     columns = tuple(name for name in header if name not in ("path", "label", "split"))
-    class_names = _read_class_names(folder) or tuple(sorted({reference.label for reference in references}))
-    return Source(class_names, columns, tuple(references))
+    class_names = _read_class_names(folder) or tuple(sorted({reference.label for reference in references} - {""}))
+    return Source(class_names, columns, tuple(references), root=folder)
 
 
 def _check_class_names(class_names: tuple[str, ...], location: str) -> None:
@@ -373,4 +390,4 @@ def _elpv() -> Source:
             label = ELPV_CLASS_NAMES[float(probability) > ELPV_DEFECT_PROBABILITY]
             yield ImageReference(path=str(folder / path), label=label, columns=(cell_type,))
 
-    return Source(ELPV_CLASS_NAMES, ("cell_type",), tuple(references()))
+    return Source(ELPV_CLASS_NAMES, ("cell_type",), tuple(references()), root=str(folder))

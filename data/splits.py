@@ -23,7 +23,7 @@ MIN_CORRELATION = 0.99
 # Of 17 bands at least one agrees where at most 16 bits differ, so that only images that share a band are compared.
 _NUM_BANDS = MAX_DIFFERENT_BITS + 1
 _BAND_BITS = HASH_SIDE**2 // _NUM_BANDS
-_MAX_NEIGHBOURS = 200  # in a band that thousands share, such as black frames, each is compared with so many after it
+_MAX_NEIGHBOURS = 30  # in a band that thousands share, such as black frames, each is compared with so many after it
 
 
 class SplitConfig(pydantic.BaseModel):

@@ -31,8 +31,12 @@ from data.splits import SplitConfig, choose_group_split, choose_split, find_near
 logger = logging.getLogger("tfx_vision")
 
 PARTS_FOLDER = "parts"
+# A fixed camera or black frames make everything look alike; one split could not hold such a group.
+LARGE_GROUP_SHARE = 0.02  # of the images
+MIN_LARGE_GROUP = 20  # images
 MAX_VALUES = 1_000  # of an extra column, counted for the report
 TARGET_SHARD_BYTES = 150_000_000
+RESULTS_SUFFIX = ".jsonl"
 RESULTS = ("tallies", "quarantine", "duplicates", "straddling", "groups", "shards")
 _REPORT_SECONDS = 2.0
 _NUM_THREADS = max(2, os.cpu_count() or 2)  # decoders let go of Python's lock
@@ -55,7 +59,7 @@ class Record:
       brightness: mean grey value, in [0, 1].
       perceptual_hash: packed bits.
       thumbnail: grey values.
-      part: file that the record waits in.
+      part: name of the file that the record waits in.
       offset: in `part`, in bytes.
       num_bytes: of the record.
     """
@@ -82,11 +86,12 @@ class InspectImages(beam.DoFn):
     QUARANTINE = "quarantine"
     TALLY = "tally"
 
-    def __init__(self, limits: ImageLimits, class_names: Sequence[str], columns: Sequence[str], folder: str):
+    def __init__(self, limits: ImageLimits, class_names: Sequence[str], columns: Sequence[str], folder: str, root: str):
         self._limits = limits
         self._class_names = frozenset(class_names)
         self._columns = tuple(columns)
         self._folder = os.path.join(folder, PARTS_FOLDER)
+        self._root = root.rstrip("/") + "/" if root else ""
 
     def setup(self) -> None:
         """Starts the threads, and to count for the log."""
@@ -110,14 +115,16 @@ class InspectImages(beam.DoFn):
             content = json.load(file)
         references = _references(content) if isinstance(content, list) else read_records(content, self._columns)
         tf.io.gfile.makedirs(self._folder)
-        part = os.path.join(self._folder, uuid.uuid4().hex)
-        tally = {"images": 0, "conversions": Counter()}
+        part = uuid.uuid4().hex
+        tally = {"images": 0, "conversions": Counter(), "cut_off": []}
         offset = 0
-        with tf.io.gfile.GFile(part, "wb") as file:
+        with tf.io.gfile.GFile(os.path.join(self._folder, part), "wb") as file:
             # A few at a time, so that no more than these are in memory.
             while some := list(itertools.islice(references, _IMAGES_AT_ONCE)):
                 for reference, result in zip(some, self._threads.map(self._inspect, some), strict=True):
                     tally["images"] += 1
+                    if reference.is_cut_off:
+                        tally["cut_off"].append(reference.path)
                     if isinstance(result, str):
                         yield beam.pvalue.TaggedOutput(self.QUARANTINE, _quarantined(reference, result))
                         continue
@@ -147,7 +154,7 @@ class InspectImages(beam.DoFn):
         example = make_example(
             image=image.encoded,
             label=reference.label,
-            filename=reference.path,
+            filename=reference.path.removeprefix(self._root),
             height=image.height,
             width=image.width,
             brightness=image.brightness,
@@ -210,13 +217,14 @@ class JoinNearDuplicates(beam.DoFn):
         digests, given, labels, paths, hashes, thumbnails = zip(*images, strict=True)
         hashes = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), -1)
         thumbnails = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(images), -1)
+        largest = max(MIN_LARGE_GROUP, LARGE_GROUP_SHARE * len(images))
         for group in find_near_duplicates(hashes, thumbnails):
             splits = [given[index] for index in group]
             split = choose_group_split([digests[index] for index in group], splits, self._config)
             files = []
             for index in group:
                 own = given[index] or choose_split(digests[index], self._config)
-                is_moved = given[index] is None and own != split
+                is_moved = given[index] is None and own != split and len(group) <= largest
                 if is_moved:
                     yield digests[index], split
                 files.append(
@@ -227,7 +235,9 @@ class JoinNearDuplicates(beam.DoFn):
                         "moved_from": own if is_moved else None,
                     }
                 )
-            yield beam.pvalue.TaggedOutput(self.GROUPS, json.dumps({"split": split, "files": files}))
+            yield beam.pvalue.TaggedOutput(
+                self.GROUPS, json.dumps({"split": split, "files": files, "is_joined": len(group) <= largest})
+            )
 
 
 class WriteShard(beam.DoFn):
@@ -247,7 +257,7 @@ class WriteShard(beam.DoFn):
         name = f"{split}-{shard:05d}-of-{num_shards:05d}.tfrecord.gz"
         path = os.path.join(self._folder, name)
         records = sorted(filter(None, records), key=lambda record: record.digest)
-        serialized = _collect(records)
+        serialized = _collect(records, os.path.join(self._folder, PARTS_FOLDER))
         with tf.io.TFRecordWriter(path, tf.io.TFRecordOptions(compression_type="GZIP", compression_level=1)) as writer:
             for record in records:
                 writer.write(serialized[record.digest])
@@ -303,14 +313,14 @@ def _record(reference: ImageReference, image: InspectedImage, digest: str, part:
     )
 
 
-def _collect(records: Sequence[Record]) -> dict[str, bytes]:
+def _collect(records: Sequence[Record], folder: str) -> dict[str, bytes]:
     """Reads the waiting records of a shard, each file from its beginning to its end; digest -> record."""
     by_part = collections.defaultdict(list)
     for record in records:
         by_part[record.part].append(record)
     found = {}
     for part, waiting in by_part.items():
-        with tf.io.gfile.GFile(part, "rb") as file:
+        with tf.io.gfile.GFile(os.path.join(folder, part), "rb") as file:
             for record in sorted(waiting, key=lambda record: record.offset):
                 file.seek(record.offset)
                 found[record.digest] = file.read(record.num_bytes)
@@ -345,7 +355,7 @@ def build_job(
         | "List images" >> beam.Create(listings)
         | "Spread over workers" >> beam.Reshuffle()
         | "Read and check"
-        >> beam.ParDo(InspectImages(limits, source.class_names, source.columns, folder)).with_outputs(
+        >> beam.ParDo(InspectImages(limits, source.class_names, source.columns, folder, source.root)).with_outputs(
             InspectImages.QUARANTINE, InspectImages.TALLY, main="records"
         )
     )
@@ -394,7 +404,20 @@ def build_job(
         "shards": shards,
     }
     for name in RESULTS:
-        _ = told[name] | f"Report {name}" >> beam.io.WriteToText(os.path.join(results, name), num_shards=1)
+        _ = (
+            told[name]
+            | f"Key {name}" >> beam.Map(lambda line: (None, line))
+            | f"Group {name}" >> beam.GroupByKey()
+            | f"Report {name}" >> beam.Map(_write_lines, results, name)
+        )
+
+
+def _write_lines(keyed: tuple[None, Iterable[str]], folder: str, name: str) -> None:
+    """Writes lines to a file; not Beam's own writer, which takes a folder's brackets for a pattern."""
+    tf.io.gfile.makedirs(folder)
+    with tf.io.gfile.GFile(os.path.join(folder, f"{name}{RESULTS_SUFFIX}"), "w") as file:
+        for line in keyed[1]:
+            file.write(f"{line}\n")
 
 
 def _looks(record: Record) -> tuple[None, tuple]:

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from google.protobuf import text_format
+from PIL import Image
 from tensorflow_metadata.proto.v0 import schema_pb2
 
 from data import prepare, steps
@@ -62,10 +64,11 @@ def test_main_writes_every_image_as_a_record_of_its_file(images, prepared):
     records = [record for split in SPLITS for record in _records(prepared, split)]
 
     by_file = {record["filename"].decode(): record for record in records}
-    assert set(by_file) == {str(path) for path in images.rglob("*.*")}
+    # Relative to the input, so that another machine writes the same records.
+    assert set(by_file) == {str(path.relative_to(images)) for path in images.rglob("*.*")}
     assert len(records) == 30
     for file, record in by_file.items():
-        assert record["image"] == Path(file).read_bytes()
+        assert record["image"] == (images / file).read_bytes()
         assert record["label"].decode() == Path(file).parent.name
         assert (record["height"], record["width"]) == (16, 16)
 
@@ -131,7 +134,7 @@ def test_main_writes_identical_shards_again_and_in_any_order(images, prepared, t
 
     def reversed_source(location: str) -> Source:
         source = open_source(location)
-        return Source(source.class_names, source.columns, source.references[::-1])
+        return dataclasses.replace(source, references=source.references[::-1])
 
     monkeypatch.setattr(prepare, "open_source", reversed_source)
     assert _main(images, tmp_path / "reversed") == 0
@@ -166,7 +169,7 @@ def test_main_keeps_the_first_of_exact_duplicates(own_images, tmp_path, capsys):
     assert report["images"] == 32
     records = [record for split in SPLITS for record in _records(tmp_path / "records", split)]
     assert len(records) == 30
-    assert [r["filename"].decode() for r in records if r["image"] == original.read_bytes()] == [str(original)]
+    assert [r["filename"].decode() for r in records if r["image"] == original.read_bytes()] == ["circle/000.png"]
     assert "2 exact duplicates left out" in capsys.readouterr().out
 
 
@@ -281,7 +284,7 @@ def test_main_lets_a_split_column_win_over_the_content(tmp_path, own_images):
 
     for split in SPLITS:
         files = {record["filename"].decode() for record in _records(tmp_path / "records", split)}
-        assert files == {str(path) for path, chosen in rows if chosen == split}
+        assert files == {str(path.relative_to(tmp_path)) for path, chosen in rows if chosen == split}
 
 
 def test_main_writes_the_extra_columns(own_images, make_csv, tmp_path):
@@ -289,7 +292,9 @@ def test_main_writes_the_extra_columns(own_images, make_csv, tmp_path):
 
     assert _main(csv, tmp_path / "records") == 0
 
-    cameras = {reference.path: reference.columns[0] for reference in open_source(str(csv)).references}
+    cameras = {
+        str(Path(reference.path).relative_to(tmp_path)): reference.columns[0] for reference in open_source(str(csv)).references
+    }
     records = [record for split in SPLITS for record in _records(tmp_path / "records", split, ["camera"])]
     assert {record["filename"].decode(): record["camera"].decode() for record in records} == cameras
     assert read_report(str(tmp_path / "records"))["columns"] == ["camera"]
@@ -505,9 +510,68 @@ def test_read_report_gives_none_for_a_file_of_another_program(tmp_path):
 def test_prepare_clears_up_after_a_killed_preparation(own_images, tmp_path):
     output = tmp_path / "records"
     assert _main(own_images, output) == 0
-    output.rename(tmp_path / f"records.old-{prepare._host_name()}-999999999")  # killed between the two renames of an overwrite
-    (tmp_path / f"records.tmp-{prepare._host_name()}-999999998").mkdir()
+    output.rename(tmp_path / "records.old-another-999999999")  # killed between the two renames of an overwrite
+    (tmp_path / "records.tmp-another-999999998").mkdir()
 
     assert _main(own_images, output) == 0  # nothing changed: the old records are back and kept
 
     assert [path.name for path in tmp_path.glob("records*")] == ["records"]
+
+
+def test_second_preparation_at_once_is_kept_out(own_images, tmp_path, capsys):
+    with prepare._locked(str(tmp_path / "records")):
+        assert _main(own_images, tmp_path / "records") == 1
+
+    assert "to be free. Received: another preparation at work." in capsys.readouterr().err
+    assert _main(own_images, tmp_path / "records") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "records"]
+
+
+def test_overwrite_keeps_what_is_not_ours(own_images, tmp_path, capsys):
+    output = tmp_path / "records"
+    assert _main(own_images, output) == 0
+    (output / "notes.txt").write_text("mine")
+    (own_images / "circle/000.png").unlink()
+
+    assert _main(own_images, output, "--overwrite") == 2
+
+    assert "to hold records and nothing else, as all of it is replaced. Received: notes.txt." in capsys.readouterr().err
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_follows_a_link(own_images, tmp_path):
+    target = tmp_path / "disk/records"
+    assert _main(own_images, target) == 0
+    (tmp_path / "link").symlink_to(target)
+    (own_images / "circle/000.png").unlink()
+
+    assert _main(own_images, tmp_path / "link", "--overwrite") == 0
+
+    assert (tmp_path / "link").is_symlink()
+    assert read_report(str(target))["images"] == 29
+
+
+def test_folder_names_may_have_wildcards(make_images, tmp_path):
+    source = make_images(tmp_path / "photos [1] *?", num_per_class=15, size=16)
+
+    assert _main(source, tmp_path / "records [1] *?") == 0
+    assert is_prepared(str(tmp_path / "records [1] *?"))
+    assert _main(source, tmp_path / "records [1] *?") == 0
+
+
+def test_a_fixed_camera_does_not_fill_one_split(make_images, encode, tmp_path):
+    source = make_images(tmp_path / "photos", num_per_class=15, size=40)
+    background = np.asarray(Image.open(source / "circle/000.png"))
+    for number in range(60):
+        frame = background.copy()
+        frame[0, number % 40] = number
+        (source / "square" / f"frame{number}.png").write_bytes(encode(frame))
+
+    assert _main(source, tmp_path / "records") == 0
+
+    report = read_report(str(tmp_path / "records"))
+    (group,) = report["near_duplicates"]
+    assert len(group["files"]) > 50
+    assert not any(file["moved_from"] for file in group["files"])
+    assert any("look alike, too many for one split" in warning for warning in report["warnings"])
+    assert all(counts["square"] > 5 for counts in report["counts"].values())

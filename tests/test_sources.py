@@ -128,6 +128,7 @@ def test_open_source_reads_a_csv_without_a_header(tmp_path):
             ImageReference(path="/abs/c.png", label="dog", line=3),
             ImageReference(path="gs://bucket/d.png", label="dog", line=4),
         ),
+        root=str(tmp_path),
     )
 
 
@@ -262,6 +263,8 @@ def test_is_prepared_wants_records_with_their_class_list_and_schema(tmp_path):
     _touch(tmp_path, "train-00000-of-00001.tfrecord.gz")
     assert not is_prepared(str(tmp_path))
     _touch(tmp_path, "schema/schema.pbtxt")
+    assert not is_prepared(str(tmp_path))
+    _touch(tmp_path, "report.json")
     assert is_prepared(str(tmp_path))
     (tmp_path / "labels.txt").unlink()
     assert not is_prepared(str(tmp_path))
@@ -274,7 +277,7 @@ def test_read_lines_leaves_out_empty_lines_and_surrounding_blanks(tmp_path):
     assert read_lines(str(path)) == ("b", "a b", "ü")
 
 
-@pytest.mark.parametrize("name", ["", " cat", "a\nb"])
+@pytest.mark.parametrize("name", [" cat", "a\nb"])
 def test_open_source_refuses_class_names_that_a_line_cannot_hold(tmp_path, name):
     path = _csv(tmp_path, f'a.png,dog\nb.png,"{name}"\n')
 
@@ -295,3 +298,11 @@ def test_open_source_explains_a_header_without_path(tmp_path):
     path = _csv(tmp_path, "filename,label\na.png,cat\n")
 
     assert _error(path).startswith(f"Expected {path} to begin with a header that names `path` and `label`")
+
+
+def test_open_source_makes_no_class_of_an_empty_label(tmp_path):
+    """The image is quarantined, with its line."""
+    source = open_source(_csv(tmp_path, "a.png,dog\nb.png,\nc.png,cat\n"))
+
+    assert source.class_names == ("cat", "dog")
+    assert [reference.label for reference in source.references] == ["dog", "", "cat"]

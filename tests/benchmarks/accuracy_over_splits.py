@@ -22,8 +22,9 @@ import numpy as np
 import tensorflow as tf
 
 from data.features import SPLITS, TEST_SPLIT, TRAIN_SPLIT, VALID_SPLIT
-from data.prepare import DataConfig, choose_split
+from data.inspection import ImageLimits, inspect_image
 from data.sources import open_source
+from data.splits import SplitConfig, choose_group_split, choose_split, find_near_duplicates
 from models.classifier import build_statistics, fit_projection
 from models.trainer import PROJECTION_SAMPLE, TrainerConfig, train_head, write_embeddings
 from pipeline.config import load_config
@@ -57,12 +58,16 @@ def main() -> None:
     )
     statistics = np.concatenate([compute(batch).numpy() for batch in images.batch(_BATCH_SIZE).prefetch(2)])
     labels = np.array([source.class_names.index(reference.label) for reference in source.references])
-    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+    encoded = [Path(path).read_bytes() for path in paths]
+    digests = [hashlib.sha256(one).hexdigest() for one in encoded]
+    groups = _near_duplicates(encoded)
     accuracies, f1_scores = [], []
     for salt in range(1, arguments.splits + 1):
         keras.utils.set_random_seed(config.training.seed)
-        data_config = DataConfig(split_salt=str(salt))
-        chosen = np.array([choose_split(digest, data_config) for digest in digests])
+        split_config = SplitConfig(split_salt=str(salt))
+        chosen = np.array([choose_split(digest, split_config) for digest in digests])
+        for group in groups:
+            chosen[group] = choose_group_split([digests[index] for index in group], [None] * len(group), split_config)
         rows = {split: np.flatnonzero(chosen == split) for split in SPLITS}
         sample = statistics[rows[TRAIN_SPLIT][:PROJECTION_SAMPLE]]
         projection = fit_projection(sample, num_components=config.model.num_components)
@@ -80,6 +85,16 @@ def main() -> None:
         print(f"split {salt}: accuracy {accuracies[-1]:.3f}, macro F1 {f1_scores[-1]:.3f} on {len(test.labels)}", flush=True)
     error = np.std(accuracies, ddof=1) / np.sqrt(len(accuracies))
     print(f"mean: accuracy {np.mean(accuracies):.3f} (standard error {error:.3f}), macro F1 {np.mean(f1_scores):.3f}")
+
+
+def _near_duplicates(encoded: list[bytes]) -> list[np.ndarray]:
+    """Groups images that look alike, which `data.prepare` keeps in one split."""
+    images = [inspect_image(one, ImageLimits()) for one in encoded]
+    hashes, thumbnails = (
+        np.frombuffer(b"".join(column), np.uint8).reshape(len(images), -1)
+        for column in ((image.perceptual_hash for image in images), (image.thumbnail for image in images))
+    )
+    return find_near_duplicates(hashes, thumbnails)
 
 
 if __name__ == "__main__":

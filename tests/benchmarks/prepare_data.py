@@ -5,8 +5,8 @@
 
 The usual way is the one of the book *Practical Machine Learning for Computer Vision*, written anew for this benchmark: a Beam
 job decodes each image and writes its pixels as floats in [0, 1], with GZIP, in a split drawn by chance. It checks nothing. It
-writes with TensorFlow at the lowest level of compression, as we do: Beam's own writer takes many times as long here. Each measurement is a process of its
-own on the in-process Beam runner; its seconds are those of the job, without imports.
+writes with TensorFlow at the lowest level of compression, as we do: Beam's own writer takes many times as long here. Each
+measurement is a process of its own on the in-process Beam runner; its seconds are those of the job, without imports.
 """
 
 import argparse
