@@ -124,6 +124,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
     console.print(f"[bold]{config.pipeline_name}[/] · {where}", highlight=False, soft_wrap=True)
     run: dict[str, Any] = {"pipeline": config.pipeline_name, "exit_code": EXIT_FAILED, "seconds": 0.0, "counts": {}}
     run |= {"components": [], "metrics": {}, "blessed": False, "reasons": [], "pushed_model": None, "data_findings": []}
+    run["data_warnings"] = []
     for name in ("run.json", "report.html"):  # of an earlier run, which they would still speak of if this one were killed
         (workspace / name).unlink(missing_ok=True)
     progress = Progress(console)
@@ -137,7 +138,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
                 from pipeline.report import write_report
                 from pipeline.results import read_results
             with progress.step("Prepare data") as step:
-                records, run["counts"], run["data_findings"] = _prepare(config, workspace, step)
+                records, run["counts"], run["data_warnings"] = _prepare(config, workspace, step)
             pipeline = create_pipeline(
                 config,
                 records,
@@ -151,7 +152,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
             LocalDagRunner().run(pipeline)
             with progress.step("Report"):
                 found = read_results(workspace / "pipeline" / "metadata.db", records.class_names)
-                run |= found.as_run() | {"data_findings": [*run["data_findings"], *found.data_findings]}
+                run |= found.as_run()
                 run["exit_code"] = EXIT_DONE if run["blessed"] and run["pushed_model"] else EXIT_NOT_BLESSED
                 run["components"] = _components(progress)
                 run["seconds"] = round(time.monotonic() - started, 1)
@@ -160,8 +161,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
         logging.getLogger().error("the run ended", exc_info=error)
         run["reasons"] = [str(error).strip() or type(error).__name__]
         if isinstance(error, DataAnomalyError):
-            run["reasons"] = list(error.args)
-            run["data_findings"] += error.args
+            run["reasons"] = run["data_findings"] = list(error.args)
         run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else exit_code(error)
         raise
     finally:

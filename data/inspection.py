@@ -17,7 +17,7 @@ import tensorflow as tf
 from PIL import ExifTags, Image
 
 HASH_SIDE = 16  # the perceptual hash has HASH_SIDE ** 2 bits
-THUMBNAIL_SIDE = 16  # pixels
+THUMBNAIL_SIDE = 32  # pixels
 _HASHED_SIDE = 4 * HASH_SIDE  # pixels that `imagehash.phash` looks at
 _MAX_FILE_BYTES = 512 * 1024**2  # no photograph is larger, and it would be read into memory
 _JPEG_QUALITY = 95

@@ -1,11 +1,10 @@
 """The steps of the Beam job: look at every image, sort out duplicates, join what looks alike, write shards.
 
 Image bytes never pass through Beam's shuffle, which keeps them in memory where the job runs in one process. A worker puts the
-records of the images that it has looked at into a file of its own, `parts/<random>`, and passes on where each of them is,
-with a hash and a thumbnail; the worker that writes a shard collects them from there. Called by `data.prepare`.
+records of the images that it has looked at into a file of its own, `parts/<random>`, behind each a thumbnail for the search for
+near-duplicates, and passes on where they are. The worker that writes a shard fetches them from there. Called by `data.prepare`.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -24,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from data.features import make_example
-from data.inspection import ImageLimits, InspectedImage, UnusableImageError, inspect_image, read_file
+from data.inspection import THUMBNAIL_SIDE, ImageLimits, InspectedImage, UnusableImageError, inspect_image, is_remote, read_file
 from data.sources import ImageReference, Source, read_records
 from data.splits import SplitConfig, choose_group_split, choose_split, find_near_duplicates
 
@@ -38,6 +37,7 @@ MAX_VALUES = 1_000  # of an extra column, counted for the report
 TARGET_SHARD_BYTES = 150_000_000
 RESULTS_SUFFIX = ".jsonl"
 RESULTS = ("tallies", "quarantine", "duplicates", "straddling", "groups", "shards")
+_CHUNK_BYTES = 1_000_000
 _REPORT_SECONDS = 2.0
 _NUM_THREADS = max(2, os.cpu_count() or 2)  # decoders let go of Python's lock
 _IMAGES_AT_ONCE = 4 * _NUM_THREADS
@@ -58,10 +58,9 @@ class Record:
       width: pixels.
       brightness: mean grey value, in [0, 1].
       perceptual_hash: packed bits.
-      thumbnail: grey values.
       part: name of the file that the record waits in.
       offset: in `part`, in bytes.
-      num_bytes: of the record.
+      num_bytes: of the record; the thumbnail follows it.
     """
 
     digest: str
@@ -74,7 +73,6 @@ class Record:
     width: int
     brightness: float
     perceptual_hash: bytes
-    thumbnail: bytes
     part: str
     offset: int
     num_bytes: int
@@ -130,10 +128,10 @@ class InspectImages(beam.DoFn):
                         continue
                     digest, image = result
                     serialized = self._serialize(reference, image)
-                    file.write(serialized)
+                    file.write(serialized + image.thumbnail)
                     tally["conversions"].update(image.conversions)
                     yield _record(reference, image, digest, part, offset, len(serialized))
-                    offset += len(serialized)
+                    offset += len(serialized) + len(image.thumbnail)
                 self._log(len(some))
         yield beam.pvalue.TaggedOutput(self.TALLY, json.dumps(tally))
 
@@ -208,15 +206,18 @@ class JoinNearDuplicates(beam.DoFn):
 
     GROUPS = "groups"
 
-    def __init__(self, config: SplitConfig):
+    def __init__(self, config: SplitConfig, folder: str):
         self._config = config
+        self._folder = os.path.join(folder, PARTS_FOLDER)
 
     def process(self, keyed: tuple[None, Iterable[tuple]]) -> Iterator[Any]:
-        """Takes (digest, split or None, label, path in bytes, perceptual hash, thumbnail) of every image."""
+        """Takes of each image (digest, split, label, path in bytes, perceptual hash, part and offset of its thumbnail)."""
         images = sorted(keyed[1])  # by digest; no two have the same
-        digests, given, labels, paths, hashes, thumbnails = zip(*images, strict=True)
+        digests, given, labels, paths, hashes, parts, offsets = zip(*images, strict=True)
         hashes = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), -1)
-        thumbnails = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(len(images), -1)
+        thumbnails = np.empty((len(images), THUMBNAIL_SIDE**2), np.uint8)
+        for index, thumbnail in _read_waiting(parts, offsets, itertools.repeat(THUMBNAIL_SIDE**2), self._folder):
+            thumbnails[index] = np.frombuffer(thumbnail, np.uint8)
         largest = max(MIN_LARGE_GROUP, LARGE_GROUP_SHARE * len(images))
         for group in find_near_duplicates(hashes, thumbnails):
             splits = [given[index] for index in group]
@@ -257,15 +258,12 @@ class WriteShard(beam.DoFn):
         name = f"{split}-{shard:05d}-of-{num_shards:05d}.tfrecord.gz"
         path = os.path.join(self._folder, name)
         records = sorted(filter(None, records), key=lambda record: record.digest)
-        serialized = _collect(records, os.path.join(self._folder, PARTS_FOLDER))
         with tf.io.TFRecordWriter(path, tf.io.TFRecordOptions(compression_type="GZIP", compression_level=1)) as writer:
-            for record in records:
-                writer.write(serialized[record.digest])
-        with tf.io.gfile.GFile(path, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
+            for serialized in _read_records(records, os.path.join(self._folder, PARTS_FOLDER)):
+                writer.write(serialized)
         result = {
             "file": name,
-            "sha256": digest,
+            "sha256": _sha256(path),
             "split": split,
             "counts": Counter(record.label for record in records),
             "facts": {fact: sorted(Counter(map(get, records)).items()) for fact, get in _FACTS.items()},
@@ -306,25 +304,52 @@ def _record(reference: ImageReference, image: InspectedImage, digest: str, part:
         width=image.width,
         brightness=image.brightness,
         perceptual_hash=image.perceptual_hash,
-        thumbnail=image.thumbnail,
         part=part,
         offset=offset,
         num_bytes=num_bytes,
     )
 
 
-def _collect(records: Sequence[Record], folder: str) -> dict[str, bytes]:
-    """Reads the waiting records of a shard, each file from its beginning to its end; digest -> record."""
-    by_part = collections.defaultdict(list)
-    for record in records:
-        by_part[record.part].append(record)
-    found = {}
-    for part, waiting in by_part.items():
+def _read_records(records: Sequence[Record], folder: str) -> Iterator[bytes]:
+    """Yields the waiting records, in the order given."""
+    if not records:
+        return
+    places = zip(*((record.part, record.offset, record.num_bytes) for record in records), strict=True)
+    waiting = _read_waiting(*places, folder)
+    if is_remote(folder):  # they come by file, and the shard is put in order in memory
+        waiting = sorted(waiting)
+    yield from (serialized for _, serialized in waiting)
+
+
+def _read_waiting(
+    parts: Sequence[str], offsets: Sequence[int], sizes: Iterable[int], folder: str
+) -> Iterator[tuple[int, bytes]]:
+    """Yields what waits at the given places, with its number: in the order given on this machine, by file in a bucket.
+
+    A bucket answers slowly and sends much at once: there each file is read from its beginning to its end.
+    """
+    places = [
+        (part, offset, size, index) for index, (part, offset, size) in enumerate(zip(parts, offsets, sizes, strict=False))
+    ]
+    if not is_remote(folder):
+        for part, offset, size, index in places:
+            with open(os.path.join(folder, part), "rb") as file:
+                file.seek(offset)
+                yield index, file.read(size)
+        return
+    for part, waiting in itertools.groupby(sorted(places), key=lambda place: place[0]):
         with tf.io.gfile.GFile(os.path.join(folder, part), "rb") as file:
-            for record in sorted(waiting, key=lambda record: record.offset):
-                file.seek(record.offset)
-                found[record.digest] = file.read(record.num_bytes)
-    return found
+            for _, offset, size, index in waiting:
+                file.seek(offset)
+                yield index, file.read(size)
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with tf.io.gfile.GFile(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def build_job(
@@ -373,7 +398,8 @@ def build_job(
         looks
         | "Take looks" >> beam.Map(_looks)
         | "Bring all looks together" >> beam.GroupByKey()
-        | "Join near-duplicates" >> beam.ParDo(JoinNearDuplicates(splits)).with_outputs(JoinNearDuplicates.GROUPS, main="moves")
+        | "Join near-duplicates"
+        >> beam.ParDo(JoinNearDuplicates(splits, folder)).with_outputs(JoinNearDuplicates.GROUPS, main="moves")
     )
     split = (
         {"record": distinct.records | "Key records" >> beam.Map(_key_by_digest), "moved": near.moves}
@@ -421,12 +447,13 @@ def _write_lines(keyed: tuple[None, Iterable[str]], folder: str, name: str) -> N
 
 
 def _looks(record: Record) -> tuple[None, tuple]:
-    return None, (record.digest, record.split, record.label, os.fsencode(record.path), record.perceptual_hash, record.thumbnail)
+    place = (record.part, record.offset + record.num_bytes)
+    return None, (record.digest, record.split, record.label, os.fsencode(record.path), record.perceptual_hash, *place)
 
 
 def _key_by_digest(record: Record) -> tuple[str, Record]:
     # Looks have done their work; without them the rest of the job is lighter.
-    return record.digest, dataclasses.replace(record, perceptual_hash=b"", thumbnail=b"")
+    return record.digest, dataclasses.replace(record, perceptual_hash=b"")
 
 
 def _choose_split(keyed: tuple[str, dict[str, Any]], config: SplitConfig) -> Iterator[Record]:

@@ -208,9 +208,9 @@ def print_summary(console: Console, run: dict[str, Any]) -> None:
         f"[bold]{overall['macro_f1']:.3f}[/]",
     )
     console.print(table)
-    if run["data_findings"]:
+    if noted := [*run["data_warnings"], *run["data_findings"]]:
         console.print("[bold yellow]Data[/]:", highlight=False)
-        for finding in run["data_findings"]:
+        for finding in noted:
             console.print(f"  - {finding}", highlight=False, markup=False, soft_wrap=True)
     if run["blessed"]:
         console.print("[bold green]Blessed[/]: the model passed every threshold.", highlight=False)

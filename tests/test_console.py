@@ -15,6 +15,7 @@ RUN = {
     "pushed_model": "/runs/[x]/serving_model/1",
     "reasons": [],
     "data_findings": [],
+    "data_warnings": [],
     "metrics": {
         "overall": {"accuracy": 0.925, "macro_f1": 0.9, "example_count": 40.0},
         "classes": {
@@ -228,7 +229,7 @@ def test_print_summary_lists_what_the_data_gate_found():
     console, silent = _console(), _console()
     finding = "skew in `label`: 50.0% of train and 80.0% of test are '[red]'" + " and on" * 20
 
-    print_summary(console, RUN | {"data_findings": [finding, "another"]})
+    print_summary(console, RUN | {"data_warnings": [finding], "data_findings": ["another"]})
     print_summary(silent, RUN)
 
     assert f"Data:\n  - {finding}\n  - another\n" in console.file.getvalue()

@@ -39,6 +39,7 @@ RUN = {
     "reasons": [],
     "pushed_model": "/runs/photos/serving_model/17",
     "data_findings": [],
+    "data_warnings": [],
 }
 REFUSED = RUN | {
     "exit_code": 3,
@@ -122,7 +123,8 @@ def test_write_report_shows_the_numbers(tmp_path):
 def test_write_report_lists_what_the_data_gate_found(tmp_path):
     finding = "skew in `label`: 50.0% of train and 80.0% of test are '<b>'"
 
-    assert finding in _Reader(_report(tmp_path, RUN | {"data_findings": [finding]})).text
+    for name in ("data_findings", "data_warnings"):
+        assert finding in _Reader(_report(tmp_path, RUN | {name: [finding]})).text
     assert "data gate" not in _Reader(_report(tmp_path, RUN)).text.lower().replace('"data_gate"', "")
 
 
