@@ -406,11 +406,7 @@ def build_job(
         | "Meet moves" >> beam.CoGroupByKey()
         | "Choose split" >> beam.FlatMap(_choose_split, splits)
     )
-    num_bytes = (
-        split
-        | "Take sizes" >> beam.Map(lambda record: (record.split, record.num_bytes))
-        | "Add sizes up" >> beam.CombinePerKey(sum)
-    )
+    num_bytes = split | "Take sizes" >> beam.Map(_size) | "Add sizes up" >> beam.CombinePerKey(sum)
     # Every shard once without a record, so that one which no image falls into is written too.
     all_shards = num_bytes | "Name shards" >> beam.FlatMap(_name_shards, num_readers)
     by_shard = split | "Choose shard" >> beam.Map(_key_by_shard, beam.pvalue.AsDict(num_bytes), num_readers)
@@ -466,6 +462,10 @@ def _choose_split(keyed: tuple[str, dict[str, Any]], config: SplitConfig) -> Ite
 def _key_by_shard(record: Record, num_bytes: dict[str, int], num_readers: int) -> tuple[tuple[str, int, int], Record]:
     num_shards = _num_shards(num_bytes[record.split], num_readers)
     return (record.split, int(record.digest[8:16], 16) % num_shards, num_shards), record
+
+
+def _size(record: Record) -> tuple[str, int]:
+    return record.split, record.num_bytes
 
 
 def _name_shards(sized: tuple[str, int], num_readers: int) -> Iterator[tuple[tuple[str, int, int], None]]:
