@@ -501,12 +501,12 @@ def _replace(output: str, temporary: str) -> None:
     if tf.io.gfile.exists(output):
         tf.io.gfile.rename(output, old)
     if is_remote(output):
-        for folder, _, names in tf.io.gfile.walk(temporary):
-            for name in names:
-                path = os.path.join(folder, name)
-                if path != os.path.join(temporary, REPORT_FILE):
-                    tf.io.gfile.rename(path, output + path.removeprefix(temporary))
-        tf.io.gfile.rename(os.path.join(temporary, REPORT_FILE), os.path.join(output, REPORT_FILE))
+        report = os.path.join(temporary, REPORT_FILE)
+        paths = [os.path.join(folder, name) for folder, _, names in tf.io.gfile.walk(temporary) for name in names]
+        for path in [*sorted(set(paths) - {report}), report]:
+            target = output + path.removeprefix(temporary)
+            tf.io.gfile.makedirs(os.path.dirname(target))
+            tf.io.gfile.rename(path, target)
     else:
         tf.io.gfile.rename(temporary, output)
     if tf.io.gfile.exists(old):

@@ -17,7 +17,7 @@ from data.features import TEST_SPLIT, TRAIN_SPLIT, VALID_SPLIT
 from data.inspection import HASH_SIDE
 
 # Two images look alike if at most 16 of the 256 bits of their perceptual hashes differ and their thumbnails correlate by 0.99.
-# All pairs found so among 2,569 flowers, and the 12 looked at of those among 2,624 solar cells, show the same motif.
+# The pairs looked at, 4 among 2,569 flowers and 12 among 2,624 solar cells, show the same motif.
 MAX_DIFFERENT_BITS = 16
 MIN_CORRELATION = 0.99
 # Of 17 bands at least one agrees where at most 16 bits differ, so that only images that share a band are compared.

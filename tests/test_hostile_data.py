@@ -373,3 +373,19 @@ def test_own_schema_takes_the_place_of_the_generated_one(make_images, tmp_path, 
     edited.write_text("this is no schema")
     assert module.main([*arguments, "--overwrite", "--schema-file", str(edited)]) == 2
     assert "to be a schema in text form" in capsys.readouterr().err
+
+
+def test_urls_give_the_same_records_as_paths(make_images, tmp_path):
+    """`file://` takes the road of gs://, through TensorFlow's file systems, object by object."""
+    source = make_images(tmp_path / "photos", num_per_class=20, size=24)
+    expected = shards_of(tmp_path / "local", str(source))
+    url = f"file://{tmp_path}/remote"
+
+    first = prepare(DataConfig(input=f"file://{source}", **FRACTIONS), url)
+    assert shards(tmp_path / "remote") == expected
+    assert prepare(DataConfig(input=f"file://{source}", **FRACTIONS), url)["reused"]
+
+    (source / "circle/000.png").unlink()
+    second = prepare(DataConfig(input=f"file://{source}", **FRACTIONS), url, overwrite=True)
+    assert (first["images"], second["images"]) == (40, 39)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "photos", "remote"]
