@@ -9,7 +9,13 @@ from conftest import ROOT
 
 FOLDERS = ("data", "preprocessing", "models", "pipeline")
 RUNNERS = ("local_runner.py", "kubeflow_runner.py")
-NETWORKS = ("models/efficientnet_lite.py", "models/backbones.py", "models/classifier.py")
+NETWORKS = (
+    "models/efficientnet_lite.py",
+    "models/keras_efficientnet.py",
+    "models/folding.py",
+    "models/backbones.py",
+    "models/classifier.py",
+)
 NOBODY_IMPORTS = ("tests", "notebooks", "conftest", "local_runner", "kubeflow_runner")
 
 
