@@ -71,6 +71,7 @@ def _compile(config: Config) -> None:
         pipeline_root=f"{bucket}/pipeline_root/{name}",
         serving_model_dir=f"{bucket}/serving_model/{name}",
         beam_pipeline_args=dataflow_args(config.vertex, name),
+        cache_dir=f"{bucket}/cache/{name}/embeddings",
         on_vertex=True,
     )
     runner = KubeflowV2DagRunner(

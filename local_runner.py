@@ -75,7 +75,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", help="folder with a folder per class, CSV (path,label), prepared records, or `elpv`")
     parser.add_argument("--config", help="TOML file with the settings")
-    parser.add_argument("--preset", help="settings to start from: default or smoke")
+    parser.add_argument("--preset", help="settings to start from: default, accurate or smoke")
     parser.add_argument("--workspace", help="folder for everything the run makes (default: runs/<pipeline name>)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting; repeatable")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -146,6 +146,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
                 serving_model_dir=str(workspace / "serving_model"),
                 beam_pipeline_args=LOCAL_BEAM_ARGS,
                 metadata_connection_config=sqlite_metadata_connection_config(str(workspace / "pipeline" / "metadata.db")),
+                cache_dir=str(workspace / "cache" / "embeddings"),
             )
             _remove_half_pushed(workspace / "serving_model")
             progress.plan([component.id for component in pipeline.components])

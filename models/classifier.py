@@ -1,7 +1,7 @@
-"""The classifier: statistics of a frozen backbone's feature maps, and a head on them. Pure Keras.
+"""The classifier: statistics of a backbone's feature maps, and a head on them. Pure Keras.
 
 The halves are built apart, as the trainer runs every image through the frozen one once and trains the head on what came out,
-and joined for the export.
+and joined for fine-tuning and for the export.
 """
 
 import dataclasses
@@ -12,15 +12,22 @@ import keras
 import numpy as np
 import pydantic
 
-from models.backbones import BACKBONES
+from models.backbones import find_backbone
+from models.folding import fold_batch_norm
+from preprocessing.images import InputSpec
+
+# Below this, the signed square root of a statistic becomes linear: its slope, and with it a gradient, stays finite at zero.
+_ROOT_EPSILON = 1e-3
+_VARIANCE_EPSILON = 1e-6
 
 
 class ModelConfig(pydantic.BaseModel):
     """The network.
 
     Attributes:
-      backbone: name in `models.backbones.BACKBONES`.
+      backbone: name in `models.backbones.BACKBONES`, or a TensorFlow Hub feature-vector model by handle, gs:// or local path.
       weights: `imagenet`, or `random` for tests of the plumbing.
+      weights_file: local file with the ImageNet weights of a Keras backbone (`notop.h5`); downloaded where empty.
       num_feature_maps: how many of the backbone's feature maps are pooled, counted from the last; middle ones see
         texture that the last has given up for objects.
       covariance: also pool the covariances of channels, where the backbone says that they help.
@@ -31,13 +38,26 @@ class ModelConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
-    backbone: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    backbone: str = "efficientnet_lite0"
     weights: Literal["imagenet", "random"] = "imagenet"
-    num_feature_maps: int = pydantic.Field(8, ge=1, le=8)
+    weights_file: str = ""
+    num_feature_maps: int = pydantic.Field(8, ge=1)
     covariance: bool = True
     num_components: int = pydantic.Field(512, ge=1)
     hidden_units: int = pydantic.Field(256, ge=0)
     dropout: float = pydantic.Field(0.5, ge=0, lt=1)
+
+    @pydantic.field_validator("backbone")
+    @classmethod
+    def _know_the_backbone(cls, backbone: str) -> str:
+        find_backbone(backbone)
+        return backbone
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the backbone needs of its input."""
+        backbone = find_backbone(self.backbone)
+        return InputSpec(image_size=backbone.image_size, interpolation=backbone.interpolation)
 
 
 class StatisticsPooling(keras.layers.Layer):
@@ -67,7 +87,7 @@ class StatisticsPooling(keras.layers.Layer):
         statistics = [
             keras.ops.reshape(mean, (-1, channels)),
             keras.ops.max(feature_map, axis=(1, 2)),
-            keras.ops.sqrt(keras.ops.mean(keras.ops.square(centered), axis=1)),
+            keras.ops.sqrt(keras.ops.mean(keras.ops.square(centered), axis=1) + _VARIANCE_EPSILON),
         ]
         if self.covariance:
             products = keras.ops.matmul(keras.ops.transpose(centered, (0, 2, 1)), centered) / (height * width)
@@ -75,7 +95,50 @@ class StatisticsPooling(keras.layers.Layer):
             flat = keras.ops.reshape(products, (-1, channels * channels))
             statistics.append(keras.ops.take(flat, pairs, axis=1))
         statistics = keras.ops.concatenate(statistics, axis=1)
-        return keras.ops.sign(statistics) * keras.ops.sqrt(keras.ops.abs(statistics))
+        return statistics * keras.ops.rsqrt(keras.ops.abs(statistics) + _ROOT_EPSILON)
+
+
+def build_backbone(config: ModelConfig, *, image_size: int, stochastic_depth: float = 0.0) -> keras.Model:
+    """Builds the backbone with its weights.
+
+    Args:
+      config: which, and which weights.
+      image_size: side of the input in pixels.
+      stochastic_depth: chance that its last block is left out of a training step, in [0, 1).
+
+    Returns:
+      A model float32 [batch, image_size, image_size, 3] in [0, 255] -> a list of feature maps, coarsest last.
+    """
+    backbone = find_backbone(config.backbone)
+    network = backbone.build(image_size=image_size, stochastic_depth=stochastic_depth)
+    if config.weights == "imagenet":
+        backbone.load_imagenet(network, config.weights_file)
+    return network
+
+
+def pool_statistics(config: ModelConfig, network: keras.Model) -> keras.Model:
+    """Puts statistics on top of a backbone.
+
+    Args:
+      config: what is pooled.
+      network: of `build_backbone`, whose layers the result shares.
+
+    Returns:
+      A model float32 [batch, image_size, image_size, 3] in [0, 255] -> float32 [batch, num_statistics].
+    """
+    num_left_out = len(network.outputs) - config.num_feature_maps
+    covariance_maps = find_backbone(config.backbone).covariance_maps if config.covariance else ()
+    pooled = []
+    for index, feature_map in enumerate(network.outputs):
+        if index < num_left_out:
+            continue
+        if len(feature_map.shape) == 2:  # a vector, which its model has pooled already
+            pooled.append(feature_map)
+            continue
+        pool = StatisticsPooling(covariance=index in covariance_maps, name=f"feature_map{index}_pool")
+        pooled.append(pool(feature_map))
+    statistics = keras.layers.Concatenate(dtype="float32", name="statistics")(pooled) if len(pooled) > 1 else pooled[0]
+    return keras.Model(network.inputs[0], statistics, name="statistics")
 
 
 def build_statistics(config: ModelConfig, *, image_size: int) -> keras.Model:
@@ -88,21 +151,9 @@ def build_statistics(config: ModelConfig, *, image_size: int) -> keras.Model:
     Returns:
       A model float32 [batch, image_size, image_size, 3] in [0, 255] -> float32 [batch, num_statistics].
     """
-    backbone = BACKBONES[config.backbone]
-    network = backbone.build(image_size=image_size, fold_batch_norm=True)
-    if config.weights == "imagenet":
-        backbone.load_imagenet(network)
-    network.trainable = False
-    num_left_out = len(network.outputs) - config.num_feature_maps
-    pooled = [
-        StatisticsPooling(covariance=config.covariance and index in backbone.covariance_maps, name=f"feature_map{index}_pool")(
-            feature_map
-        )
-        for index, feature_map in enumerate(network.outputs)
-        if index >= num_left_out
-    ]
-    statistics = keras.layers.Concatenate(dtype="float32", name="statistics")(pooled)
-    return keras.Model(network.inputs[0], statistics, name="statistics")
+    statistics = pool_statistics(config, fold_batch_norm(build_backbone(config, image_size=image_size)))
+    statistics.trainable = False
+    return statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +232,11 @@ def join(statistics: keras.Model, projection: Projection, head: keras.Model) -> 
     project.set_weights([projection.kernel, projection.bias])
     probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
     return keras.Model(statistics.inputs[0], probabilities, name="classifier")
+
+
+def logits_of(classifier: keras.Model) -> keras.Model:
+    """Returns a classifier of `join` without its softmax; it shares all layers."""
+    return keras.Model(classifier.inputs[0], classifier.layers[-1].input, name="logits_of_classifier")
 
 
 def class_weights(label_counts: Sequence[int], *, balance: float) -> list[float]:

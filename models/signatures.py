@@ -38,6 +38,8 @@ class ImageClassifier(tf.Module):
         self.transform_images = transform.images
         self.transform_labels = transform.labels
         self.class_names = tf.constant(list(class_names))
+        # In the order in which a run that starts from this model sets them; a loaded network has no order of its own.
+        self.network_weights = [weight.value for weight in network.weights]
         # Traced once and called by every signature. Nothing here needs AutoGraph, which would take longer than the rest.
         images = tf.TensorSpec(network.input_shape, tf.float32)
         self._predict = tf.function(lambda x: network(x, training=False), autograph=False).get_concrete_function(images)

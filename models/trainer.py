@@ -1,319 +1,259 @@
-"""`run_fn`, the Trainer component's entry: embeds every image once, trains the head on the embeddings, exports.
+"""`run_fn`, the Trainer component's entry: embeds every image once, trains the head, fine-tunes the backbone, exports.
 
-The backbone is frozen, so an image's embedding never changes: 2,600 images take about 30 seconds on two CPU cores, after
-which an epoch of the head takes a fraction of a second, where a plain training loop runs the backbone in every epoch.
+Stage one (`models.embeddings`, `models.head`): the backbone is frozen, so an image's embedding never changes: 2,600 images take
+about 30 seconds on two CPU cores, after which an epoch of the head takes a fraction of a second, where a plain training loop
+runs the backbone in every epoch. Stage two (`models.fine_tuning`), where it is on, trains the top of the backbone too.
 """
 
-import dataclasses
+import hashlib
 import itertools
 import json
 import logging
 import os
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
-import pydantic
 import tensorflow as tf
 
-from data.features import IMAGE_KEY, LABEL_KEY, LABELS_FILE, TRAIN_SPLIT, VALID_SPLIT
-from models.classifier import (
-    ModelConfig,
-    Projection,
-    build_head,
-    build_statistics,
-    class_weights,
-    fit_projection,
-    join,
-)
-from models.devices import DeviceConfig, configure_devices
+from data.features import LABELS_FILE, TRAIN_SPLIT, VALID_SPLIT
+from data.fingerprint import code_fingerprint
+from models.classifier import pool_statistics
+from models.curves import save_curves
+from models.devices import DeviceConfig, Devices, configure_devices
+from models.embeddings import EmbeddingsFolder, Images, embed, embeddings_key, find_images, read_images
+from models.fine_tuning import FineTuningConfig, fine_tune
+from models.folding import fold_batch_norm
+from models.head import TrainingConfig, train_head
+from models.loop import CHECKPOINTS, adopt_checkpoints, remove_checkpoints
+from models.network_table import describe_network
 from models.signatures import ImageClassifier, export
-from preprocessing.images import NUM_CHANNELS, PreprocessingConfig
+from models.tflite import ExportConfig, compare_tflite, export_tflite
+from models.trained import (
+    EXTRA_FOLDER,
+    NetworkSpec,
+    TrainedClassifier,
+    read_classifier,
+    read_exported_model,
+    write_network_file,
+)
+from preprocessing.augment import AugmentationConfig
 from preprocessing.transform import TransformGraph
 
 logger = logging.getLogger("tfx_vision")
 
+CONFIG_KEY = "trainer"
 HISTORY_FILE = "history.json"
-EXTRA_FOLDER = "assets.extra"
-_EMBEDDING_BATCH_SIZE = 32
-_REPORT_SECONDS = 2.0
-PROJECTION_SAMPLE = 2048  # images; bounds the memory that the projection takes
+CURVES_FILE = "curves.png"
+TFLITE_FOLDER = "tflite"  # in `assets.extra`
+TFLITE_FILE = "tflite.json"  # what the TFLite models lose
+_CALIBRATION_IMAGES = 128
+_HEAD_FILE = "head.npz"  # the classifier after stage one
 
 
-class TrainingConfig(pydantic.BaseModel):
-    """How the head is trained.
-
-    Attributes:
-      epochs: passes over the training embeddings, at most.
-      patience: epochs without a better validation loss after which training stops; the best weights are kept.
-      batch_size: images a step.
-      learning_rate: of AdamW, at its start; it falls to zero along a cosine.
-      weight_decay: of AdamW.
-      label_smoothing: share of the target spread over all classes, in [0, 1).
-      mixup: strength of mixup between embeddings, the parameter of its Beta distribution; 0 for none.
-      class_balance: 0 weighs every image alike, 1 every class; between, a power of the inverse frequency.
-      seed: of the initialization, dropout and the order of the images.
-    """
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = pydantic.Field(40, ge=1)
-    patience: int = pydantic.Field(10, ge=1)
-    batch_size: int = pydantic.Field(64, ge=1)
-    learning_rate: float = pydantic.Field(1e-3, gt=0)
-    weight_decay: float = pydantic.Field(1e-2, ge=0)
-    label_smoothing: float = pydantic.Field(0.1, ge=0, lt=1)
-    mixup: float = pydantic.Field(0.2, ge=0)
-    class_balance: float = pydantic.Field(0.5, ge=0, le=1)
-    seed: int = pydantic.Field(0, ge=0)
-
-
-class TrainerConfig(pydantic.BaseModel):
+class TrainerConfig(NetworkSpec):
     """All that the trainer is told, as it crosses into the component as JSON.
 
     Attributes:
-      class_names: the ordered class list.
-      preprocessing: decode and resize.
-      model: the network.
-      training: the head's training.
+      training: of the head.
+      fine_tuning: of the backbone.
+      augmentation: of the images in fine-tuning.
       devices: what to compute on.
+      export: what goes beside the SavedModel.
+      cache_dir: local or gs:// folder in which embeddings outlive the run; empty for none.
       code: fingerprint of the code behind `run_fn`, which TFX's cache would not see otherwise.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    class_names: tuple[str, ...]
-    preprocessing: PreprocessingConfig
-    model: ModelConfig
     training: TrainingConfig
+    fine_tuning: FineTuningConfig
+    augmentation: AugmentationConfig
     devices: DeviceConfig
+    export: ExportConfig
+    cache_dir: str
     code: str
 
-
-CONFIG_KEY = "trainer"
-
-
-@dataclasses.dataclass(frozen=True)
-class Embeddings:
-    """The projected statistics of one split, on disk: memory does not grow with the number of images.
-
-    Attributes:
-      features: float32 [num_images, num_components], mapped from its file.
-      labels: int64 [num_images].
-    """
-
-    features: np.ndarray
-    labels: np.ndarray
-
-
-class _Batches(keras.utils.PyDataset):
-    """Batches of embeddings, soft targets and weights; shuffled and mixed where a random generator is given.
-
-    Source of mixup: Zhang et al., https://arxiv.org/abs/1710.09412
-    """
-
-    def __init__(
-        self,
-        embeddings: Embeddings,
-        weights: list[float],
-        batch_size: int,
-        *,
-        mixup: float = 0.0,
-        random: np.random.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        self._embeddings = embeddings
-        self._weights = np.asarray(weights, np.float32)
-        self._batch_size = batch_size
-        self._mixup = mixup
-        self._random = random
-        self._order = np.arange(len(embeddings.labels))
-        self.on_epoch_end()
-
-    def __len__(self) -> int:
-        return -(-len(self._order) // self._batch_size)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = np.sort(self._order[index * self._batch_size : (index + 1) * self._batch_size])
-        labels = self._embeddings.labels[rows]
-        batch = (
-            np.asarray(self._embeddings.features[rows]),
-            np.eye(len(self._weights), dtype=np.float32)[labels],
-            self._weights[labels],
-        )
-        if self._random is None or not self._mixup:
-            return batch
-        share = self._random.beta(self._mixup, self._mixup, len(rows)).astype(np.float32)
-        partner = self._random.permutation(len(rows))
-        mixed = []
-        for values in batch:
-            shares = share.reshape(-1, *[1] * (values.ndim - 1))
-            mixed.append(shares * values + (1 - shares) * values[partner])
-        return tuple(mixed)
-
-    def on_epoch_end(self) -> None:
-        if self._random is not None:
-            self._random.shuffle(self._order)
+    @property
+    def spec(self) -> NetworkSpec:
+        """The network alone."""
+        return NetworkSpec(class_names=self.class_names, input=self.input, model=self.model)
 
 
 def run_fn(fn_args: Any) -> None:
     """Trains and exports; TFX calls it.
 
     Args:
-      fn_args: `tfx.components.FnArgs`; its `custom_config` holds a `TrainerConfig` as JSON under `trainer`.
+      fn_args: `tfx.components.FnArgs`; its `custom_config` holds a `TrainerConfig` as JSON under `trainer`, its
+        `hyperparameters`, where there are any, what the Tuner found, and its `base_model` the model to start from.
     """
     config = TrainerConfig.model_validate(fn_args.custom_config[CONFIG_KEY])
-    keras.utils.set_random_seed(config.training.seed)
-    device = configure_devices(config.devices)
+    if fn_args.hyperparameters:
+        config = with_hyperparameters(config, fn_args.hyperparameters["values"])
+    devices = configure_devices(config.devices)
     transform = TransformGraph(fn_args.transform_graph_path)
-    with tf.device(device), tempfile.TemporaryDirectory() as folder:
-        statistics = build_statistics(config.model, image_size=config.preprocessing.image_size)
-        train_statistics = compute_statistics(statistics, transform, fn_args.train_files, split=TRAIN_SPLIT)
-        valid_statistics = compute_statistics(statistics, transform, fn_args.eval_files, split=VALID_SPLIT)
-        # The records are in the order of a hash, so the first of them are a fair sample.
-        sample = list(_take_images(train_statistics, PROJECTION_SAMPLE))
-        logger.info("fitting the projection")
-        projection = fit_projection(np.concatenate([batch for batch, _ in sample]), num_components=config.model.num_components)
-        train = write_embeddings(os.path.join(folder, "train"), itertools.chain(sample, train_statistics), projection)
-        valid = write_embeddings(os.path.join(folder, "valid"), valid_statistics, projection)
-        head, history = train_head(config, train, valid)
-    tf.io.gfile.makedirs(fn_args.model_run_dir)
+    train = find_images(fn_args.train_files, split=TRAIN_SPLIT)
+    valid = find_images(fn_args.eval_files, split=VALID_SPLIT)
+    classifier = train_classifier(
+        config, devices, transform, train, valid, folder=fn_args.model_run_dir, base_model=fn_args.base_model
+    )
+    if not devices.is_chief:
+        devices.wait_for_all()  # Vertex ends the job where the first worker ends
+        return
     with tf.io.gfile.GFile(os.path.join(fn_args.model_run_dir, HISTORY_FILE), "w") as file:
-        json.dump(history, file)
+        json.dump(classifier.history, file)
+    save_curves(classifier.history, os.path.join(fn_args.model_run_dir, CURVES_FILE))
+    _export(config, classifier, transform, train, valid, fn_args)
+    remove_checkpoints(os.path.join(fn_args.model_run_dir, CHECKPOINTS))
+    devices.wait_for_all()
+
+
+def with_hyperparameters(config: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
+    """Puts the Tuner's values, named `section.key`, in the place of the settings."""
+    settings = config.model_dump()
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        settings[section][key] = value
+    logger.info("hyperparameters of the Tuner: %s", ", ".join(f"{name}={value}" for name, value in values.items()))
+    return TrainerConfig.model_validate(settings)
+
+
+def train_classifier(
+    config: TrainerConfig,
+    devices: Devices,
+    transform: TransformGraph,
+    train: Images,
+    valid: Images,
+    *,
+    folder: str,
+    base_model: str | None = None,
+) -> TrainedClassifier:
+    """Trains both stages, or goes on where a killed run of the same work was.
+
+    Args:
+      config: all settings.
+      devices: what to compute on.
+      transform: the Transform graph, so that training sees what serving will.
+      train: the training images.
+      valid: the validation images.
+      folder: of the checkpoints and the TensorBoard logs; local or gs://, and the same for all workers.
+      base_model: folder of an exported model to start from, or None.
+
+    Raises:
+      InputError: if the model to start from is another network, or the backbone cannot be fine-tuned.
+      ValueError: if a class has no image, a label is not in the class list, or the loss becomes NaN.
+    """
+    keras.utils.set_random_seed(config.training.seed)
+    head_file = os.path.join(folder, CHECKPOINTS, _HEAD_FILE)
+    if devices.is_chief:
+        with tf.device(devices.local_device):
+            _train_first_stage(
+                config, devices, transform, train, valid, folder=folder, head_file=head_file, base_model=base_model
+            )
+    devices.wait_for_all()
+    classifier = read_classifier(head_file, config.spec)
+    if not config.fine_tuning.epochs:
+        return classifier
+    return fine_tune(
+        config.fine_tuning,
+        config.training,
+        config.augmentation,
+        classifier,
+        transform,
+        train,
+        valid,
+        devices,
+        folder=folder,
+    )
+
+
+def _train_first_stage(
+    config: TrainerConfig,
+    devices: Devices,
+    transform: TransformGraph,
+    train: Images,
+    valid: Images,
+    *,
+    folder: str,
+    head_file: str,
+    base_model: str | None,
+) -> None:
+    """Embeds the images and trains the head, and leaves the classifier in a file for all workers, and for a rerun."""
+    base = read_exported_model(base_model, config.spec) if base_model else None
+    backbone = base.build_backbone() if base else config.spec.build_backbone()
+    statistics = pool_statistics(config.model, fold_batch_norm(backbone))
+    settings = {
+        "input": config.input.model_dump(mode="json"),
+        "class_names": config.class_names,  # whose places are the labels
+        "num_components": config.model.num_components,
+        "projection": hashlib.sha256(base.projection.kernel.tobytes()).hexdigest() if base else "",
+        "precision": devices.precision,
+        "code": code_fingerprint("models.embeddings"),
+    }
+    key = embeddings_key(statistics, [train, valid], settings=settings)
+    adopt_checkpoints(os.path.join(folder, CHECKPOINTS), fingerprint=_fingerprint(config, key, base))
+    if tf.io.gfile.exists(head_file):
+        logger.info("the head is trained already")
+        return
+    with EmbeddingsFolder(config.cache_dir, key) as embeddings_folder:
+        projection, train_embeddings, valid_embeddings = embed(
+            statistics,
+            transform,
+            train,
+            valid,
+            num_components=config.model.num_components,
+            folder=embeddings_folder,
+            projection=base.projection if base else None,
+        )
+        head = base.build_head() if base else config.spec.build_head(num_components=len(projection.bias))
+        history = train_head(config.training, head, train_embeddings, valid_embeddings, devices, folder=folder)
+        label_counts = np.bincount(train_embeddings.labels, minlength=len(config.class_names)).tolist()
+    TrainedClassifier(
+        config.spec, backbone.get_weights(), projection, head.get_weights(), label_counts=label_counts, history=history
+    ).write(head_file)
+
+
+def _fingerprint(config: TrainerConfig, embeddings: str, base: TrainedClassifier | None) -> str:
+    """Names the work of a run, for whoever would go on with it."""
+    settings = config.model_dump(mode="json", exclude={"cache_dir", "export", "devices"})
+    digest = hashlib.sha256(json.dumps([settings, embeddings], sort_keys=True).encode())
+    for weight in base.head if base else ():
+        digest.update(weight.tobytes())
+    return digest.hexdigest()
+
+
+def _export(
+    config: TrainerConfig,
+    classifier: TrainedClassifier,
+    transform: TransformGraph,
+    train: Images,
+    valid: Images,
+    fn_args: Any,
+) -> None:
+    """Exports the SavedModel with what goes beside it."""
     logger.info("exporting the model")
-    network = join(statistics, projection, head)
+    network = classifier.build_for_inference()
+    logger.getChild("network").info("the exported network:\n%s", describe_network(network))
     export(ImageClassifier(network, transform, config.class_names), fn_args.serving_model_dir)
-    # `assets.extra` is SavedModel's place for files of others; the baseline's resolver reads this one.
+    # The baseline's resolver reads the class list, and a run that starts from this model the other.
     extra = os.path.join(fn_args.serving_model_dir, EXTRA_FOLDER)
     tf.io.gfile.makedirs(extra)
     with tf.io.gfile.GFile(os.path.join(extra, LABELS_FILE), "w") as file:
         file.write("".join(f"{name}\n" for name in config.class_names))
-
-
-def read_images(transform: TransformGraph, file_patterns: list[str]) -> tf.data.Dataset:
-    """Reads, decodes and resizes records in their own order.
-
-    Args:
-      transform: the Transform graph, so that training sees what serving will.
-      file_patterns: patterns of gzipped TFRecord files.
-
-    Returns:
-      Batches of float32 [batch, image_size, image_size, 3] in [0, 255] and int64 labels [batch].
-    """
-    spec = {key: tf.io.FixedLenFeature([], tf.string) for key in (IMAGE_KEY, LABEL_KEY)}
-
-    def parse(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        parsed = tf.io.parse_example(serialized, spec)
-        images = tf.ensure_shape(transform.images(parsed[IMAGE_KEY]), (None, None, None, NUM_CHANNELS))
-        return images, transform.labels(parsed[LABEL_KEY])
-
-    files = sorted(path for pattern in file_patterns for path in tf.io.gfile.glob(pattern))
-    return (
-        tf.data.TFRecordDataset(files, compression_type="GZIP")
-        .batch(_EMBEDDING_BATCH_SIZE)
-        .map(tf.autograph.experimental.do_not_convert(parse), num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
-    )
-
-
-def compute_statistics(
-    statistics: keras.Model, transform: TransformGraph, file_patterns: list[str], *, split: str
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs every image through the frozen backbone, once.
-
-    Args:
-      statistics: image -> statistics.
-      transform: the Transform graph.
-      file_patterns: patterns of gzipped TFRecord files.
-      split: its name, for the log.
-
-    Yields:
-      float32 [batch, num_statistics] and int64 labels [batch].
-
-    Raises:
-      ValueError: if there is no image, or a label is not in the class list.
-    """
-    images_spec = tf.TensorSpec(statistics.input_shape, tf.float32)
-    compute = tf.function(lambda images: statistics(images, training=False), autograph=False)
-    compute = compute.get_concrete_function(images_spec)
-    started = reported = time.monotonic()
-    num_images = 0
-    for images, labels in read_images(transform, file_patterns):
-        if tf.reduce_min(labels) < 0:
-            raise ValueError("Expected labels of labels.txt only. Received: a record with another one. Prepare the data anew.")
-        yield compute(images).numpy(), labels.numpy()
-        num_images += len(labels)
-        now = time.monotonic()
-        if now - reported > _REPORT_SECONDS:
-            rate = num_images / (now - started)
-            logger.info("embedded %s %s images, %.0f images/s", f"{num_images:,}", split, rate)
-            reported = now
-    if not num_images:
-        raise ValueError(f"Expected images in {', '.join(file_patterns)}. Received: none.")
-
-
-def _take_images(batches: Iterator[tuple[np.ndarray, np.ndarray]], num_images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Takes batches off an iterator until they hold enough images."""
-    taken = 0
-    while taken < num_images and (batch := next(batches, None)) is not None:
-        yield batch
-        taken += len(batch[1])
-
-
-def write_embeddings(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], projection: Projection) -> Embeddings:
-    """Projects statistics and keeps them on disk.
-
-    Args:
-      path: file to write.
-      batches: float32 [batch, num_statistics] and int64 labels [batch].
-      projection: of the statistics.
-    """
-    labels = []
-    with open(path, "wb") as file:
-        for statistics, batch_labels in batches:
-            file.write(projection(statistics).astype(np.float32).tobytes())
-            labels.append(batch_labels)
-    all_labels = np.concatenate(labels)
-    return Embeddings(np.memmap(path, np.float32, mode="r", shape=(len(all_labels), len(projection.bias))), all_labels)
-
-
-def train_head(config: TrainerConfig, train: Embeddings, valid: Embeddings) -> tuple[keras.Model, dict[str, list]]:
-    """Trains the head and keeps its best weights by validation loss.
-
-    Returns:
-      The head, and per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`.
-
-    Raises:
-      ValueError: if the loss becomes NaN.
-    """
-    settings = config.training
-    num_classes = len(config.class_names)
-    head = build_head(config.model, num_components=train.features.shape[1], num_classes=num_classes)
-    counts = np.bincount(train.labels, minlength=num_classes)
-    weights = class_weights(counts.tolist(), balance=settings.class_balance)
-    random = np.random.default_rng(settings.seed)
-    train_batches = _Batches(train, weights, settings.batch_size, mixup=settings.mixup, random=random)
-    schedule = keras.optimizers.schedules.CosineDecay(settings.learning_rate, settings.epochs * len(train_batches))
-    head.compile(
-        optimizer=keras.optimizers.AdamW(schedule, weight_decay=settings.weight_decay),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing),
-        metrics=["accuracy"],
-        jit_compile=False,  # XLA on a CPU is many times slower
-    )
-    logger.info("training the head on %s embeddings of %d components", f"{len(train.labels):,}", train.features.shape[1])
-    history = head.fit(
-        train_batches,
-        validation_data=_Batches(valid, weights, settings.batch_size),
-        epochs=settings.epochs,
-        verbose=0,
-        callbacks=[
-            keras.callbacks.TerminateOnNaN(),
-            keras.callbacks.EarlyStopping(patience=settings.patience, restore_best_weights=True),
-        ],
-    ).history
-    if not np.isfinite(history["loss"]).all():
-        raise ValueError("Expected a finite loss. Received: NaN. Lower training.learning_rate.")
-    return head, {name: [float(value) for value in values] for name, values in history.items()}
+    write_network_file(config.spec, fn_args.serving_model_dir)
+    if kinds := config.export.tflite:
+        folder = os.path.join(extra, TFLITE_FOLDER)
+        # The first images are a fair sample, as records are in the order of a hash.
+        images = (image for images, _ in read_images(transform, train) for image in images.numpy())
+        calibration_images = itertools.islice(images, _CALIBRATION_IMAGES)
+        paths = export_tflite(
+            network, folder, kinds=kinds, calibration_images=calibration_images, class_names=config.class_names
+        )
+        comparison = compare_tflite(network, paths, read_images(transform, valid))
+        for kind, found in comparison.items():
+            logger.info(
+                "TFLite %s: accuracy %.3f on the validation images, the SavedModel %.3f",
+                kind,
+                found["accuracy"],
+                found["network_accuracy"],
+            )
+        with tf.io.gfile.GFile(os.path.join(folder, TFLITE_FILE), "w") as file:
+            json.dump(comparison, file, indent=2)

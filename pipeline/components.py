@@ -26,7 +26,7 @@ from tfx.utils import io_utils, path_utils
 from data.errors import DataAnomalyError
 from data.features import LABELS_FILE, TRAIN_SPLIT
 from data.sources import read_lines
-from models.trainer import EXTRA_FOLDER
+from models.trained import EXTRA_FOLDER
 from pipeline import drift
 
 _ANOMALIES_FILE = "SchemaDiff.pb"  # as ExampleValidator names it

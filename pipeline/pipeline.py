@@ -22,6 +22,7 @@ from tfx.components import (
     StatisticsGen,
     Trainer,
     Transform,
+    Tuner,
 )
 from tfx.dsl.components.base.base_component import BaseComponent
 from tfx.dsl.components.common.importer import Importer
@@ -46,6 +47,7 @@ from data.features import (
 from data.fingerprint import code_fingerprint
 from data.prepare import DataConfig, read_class_names
 from models.trainer import CONFIG_KEY, TrainerConfig
+from models.tuner import TUNER_CONFIG_KEY
 from pipeline.components import DataGate, LatestBlessedStatisticsStrategy, LatestOtherBlessedModelStrategy
 from pipeline.config import Config
 from pipeline.drift import NUM_QUANTILES
@@ -108,6 +110,7 @@ def create_pipeline(
     serving_model_dir: str,
     beam_pipeline_args: Sequence[str],
     metadata_connection_config: metadata_store_pb2.ConnectionConfig | None = None,
+    cache_dir: str = "",
     on_vertex: bool = False,
 ) -> Pipeline:
     """Composes the pipeline.
@@ -119,6 +122,7 @@ def create_pipeline(
       serving_model_dir: where the local Pusher puts a blessed model, under its version.
       beam_pipeline_args: runner and options of the Beam steps.
       metadata_connection_config: the metadata store of a local run.
+      cache_dir: local or gs:// folder in which the Trainer keeps embeddings for later runs; empty for none.
       on_vertex: train as a Vertex AI custom job, push to a Vertex AI endpoint.
     """
     # The beginning: records as they are, in the splits that `data.prepare` decided.
@@ -167,22 +171,34 @@ def create_pipeline(
         disable_statistics=True,
         disable_analyzer_cache=True,
         custom_config={
-            "image_size": config.preprocessing.image_size,
+            "input": config.input_spec.model_dump(mode="json"),
             "class_names": list(records.class_names),
             "code": code_fingerprint("preprocessing.transform", distributions=_CODE_PACKAGES),
         },
     )
     transform.add_upstream_node(data_gate)
 
+    # The best hyperparameters, where a search is asked for.
+    trainer_inputs = {
+        "examples": example_gen.outputs["examples"],
+        "transform_graph": transform.outputs["transform_graph"],
+        "schema": schema.outputs["result"],
+        "train_args": trainer_pb2.TrainArgs(splits=[TRAIN_SPLIT]),
+        "eval_args": trainer_pb2.EvalArgs(splits=[VALID_SPLIT]),
+    }
+    trainer_config = _trainer_config(config, records, cache_dir)
+    tuner = _tuner(config, trainer_config, trainer_inputs) if config.tuner.trials else None
+
+    # The model to start from, where that is not the one of ImageNet.
+    warm_start = _warm_start_resolver() if config.training.warm_start else None
+
     # The model.
-    trainer = _trainer(config, on_vertex)(
+    trainer = _trainer(on_vertex)(
         run_fn="models.trainer.run_fn",
-        examples=example_gen.outputs["examples"],
-        transform_graph=transform.outputs["transform_graph"],
-        schema=schema.outputs["result"],
-        train_args=trainer_pb2.TrainArgs(splits=[TRAIN_SPLIT]),
-        eval_args=trainer_pb2.EvalArgs(splits=[VALID_SPLIT]),
-        custom_config=_trainer_config(config, records, on_vertex),
+        hyperparameters=tuner and tuner.outputs["best_hyperparameters"],
+        base_model=warm_start and warm_start.outputs["model"],
+        custom_config={CONFIG_KEY: trainer_config} | _vertex_training(config, on_vertex),
+        **trainer_inputs,
     )
 
     # The model in use, to compare with.
@@ -212,6 +228,7 @@ def create_pipeline(
             *([baseline_statistics] if baseline_statistics else []),
             data_gate,
             transform,
+            *(node for node in (tuner, warm_start) if node),
             trainer,
             baseline,
             evaluator,
@@ -237,7 +254,24 @@ def _baseline_statistics_resolver(statistics_gen: BaseComponent, records: Record
     return resolver.with_id("LatestBlessedStatistics")
 
 
-def _trainer(config: Config, on_vertex: bool) -> type[BaseComponent]:
+def _tuner(config: Config, trainer_config: dict, inputs: dict) -> BaseComponent:
+    custom_config = {
+        CONFIG_KEY: trainer_config | {"code": code_fingerprint("models.tuner", distributions=_CODE_PACKAGES)},
+        TUNER_CONFIG_KEY: config.tuner.model_dump(mode="json"),
+    }
+    return Tuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
+
+
+def _warm_start_resolver() -> Resolver:
+    resolver = Resolver(
+        strategy_class=LatestBlessedModelStrategy,
+        model=Channel(type=standard_artifacts.Model),
+        model_blessing=Channel(type=standard_artifacts.ModelBlessing),
+    )
+    return resolver.with_id("WarmStartModel")
+
+
+def _trainer(on_vertex: bool) -> type[BaseComponent]:
     if not on_vertex:
         return Trainer
     from tfx.extensions.google_cloud_ai_platform.trainer.component import Trainer as VertexTrainer
@@ -245,24 +279,33 @@ def _trainer(config: Config, on_vertex: bool) -> type[BaseComponent]:
     return VertexTrainer
 
 
-def _trainer_config(config: Config, records: Records, on_vertex: bool) -> dict:
+def _trainer_config(config: Config, records: Records, cache_dir: str) -> dict:
     trainer_config = TrainerConfig(
         class_names=records.class_names,
-        preprocessing=config.preprocessing,
+        input=config.input_spec,
         model=config.model,
         training=config.training,
+        fine_tuning=config.fine_tuning,
+        augmentation=config.augmentation,
         devices=config.devices,
+        export=config.export,
+        cache_dir=cache_dir,
         code=code_fingerprint("models.trainer", distributions=_CODE_PACKAGES),
     )
-    custom_config = {CONFIG_KEY: trainer_config.model_dump(mode="json")}
-    if on_vertex:
-        from tfx.extensions.google_cloud_ai_platform import constants
-        from tfx.extensions.google_cloud_ai_platform.trainer import executor
+    return trainer_config.model_dump(mode="json")
 
-        custom_config[constants.ENABLE_VERTEX_KEY] = True
-        custom_config[constants.VERTEX_REGION_KEY] = config.vertex.region
-        custom_config[executor.TRAINING_ARGS_KEY] = training_job(config.vertex)
-    return custom_config
+
+def _vertex_training(config: Config, on_vertex: bool) -> dict:
+    if not on_vertex:
+        return {}
+    from tfx.extensions.google_cloud_ai_platform import constants
+    from tfx.extensions.google_cloud_ai_platform.trainer import executor
+
+    return {
+        constants.ENABLE_VERTEX_KEY: True,
+        constants.VERTEX_REGION_KEY: config.vertex.region,
+        executor.TRAINING_ARGS_KEY: training_job(config.vertex),
+    }
 
 
 def _baseline_resolver(trainer: BaseComponent, on_vertex: bool) -> Resolver:

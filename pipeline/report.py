@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data.features import SPLITS
+from models.curves import draw_curves
 from pipeline.config import Config
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -24,13 +25,13 @@ _VERSIONS = ("tfx", "tensorflow", "keras", "apache-beam", "tensorflow-transform"
 _MAX_CELLS_WITH_NUMBERS = 15  # classes; numbers in more cells than their square cannot be read
 
 
-def write_report(path: Path, run: dict[str, Any], history: dict[str, list[float]], config: Config) -> None:
+def write_report(path: Path, run: dict[str, Any], history: dict[str, list], config: Config) -> None:
     """Writes the report of a finished run.
 
     Args:
       path: of the HTML file; written whole or not at all.
       run: what `run.json` holds.
-      history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`.
+      history: what the trainer left in `history.json`.
       config: every setting.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -40,7 +41,7 @@ def write_report(path: Path, run: dict[str, Any], history: dict[str, list[float]
         splits=SPLITS,
         date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         confusion=_confusion_matrix(run["metrics"]["confusion_matrix"], list(run["metrics"]["classes"])),
-        curves=_curves(history),
+        curves=_svg(draw_curves(history)),
         settings=json.dumps(config.model_dump(mode="json"), indent=2),
         versions={name: importlib.metadata.version(name) for name in _VERSIONS},
     )
@@ -65,21 +66,6 @@ def _confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str
             for column in ticks:
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color)
-    return _svg(figure)
-
-
-def _curves(history: dict[str, list[float]]) -> str:
-    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for axes, name in ((top, "loss"), (bottom, "accuracy")):
-        epochs = range(1, len(history[name]) + 1)
-        axes.plot(epochs, history[name], label="train")
-        axes.plot(epochs, history[f"val_{name}"], label="valid", linestyle="--")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    top.set_title("Training of the head")
-    top.legend()
-    bottom.set_xlabel("epoch")
     return _svg(figure)
 
 

@@ -27,14 +27,14 @@ class Results:
       evaluation: metrics and reasons.
       blessed: whether the Evaluator blessed the model.
       pushed_model: folder of the pushed SavedModel, or None.
-      history: per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`.
+      history: what the trainer left in `history.json`.
       data_findings: sentences of the data gate, which did not stop the run.
     """
 
     evaluation: Evaluation
     blessed: bool
     pushed_model: str | None
-    history: dict[str, list[float]]
+    history: dict[str, list]
     data_findings: list[str]
 
     def as_run(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from data.features import IMAGE_KEY, LABEL_KEY, transformed_name
-from preprocessing.images import decode_images
+from preprocessing.images import InputSpec, decode_images
 
 
 def preprocessing_fn(inputs: dict[str, tf.Tensor], custom_config: dict[str, Any]) -> dict[str, tf.Tensor]:
@@ -18,17 +18,20 @@ def preprocessing_fn(inputs: dict[str, tf.Tensor], custom_config: dict[str, Any]
 
     Args:
       inputs: features of a batch of records, scalars: string or int64 [batch].
-      custom_config: `image_size` in pixels and `class_names`, the ordered class list.
+      custom_config: `input`, an `InputSpec` as JSON, and `class_names`, the ordered class list.
 
     Returns:
       `image_xf`: float32 [batch, image_size, image_size, 3], RGB in [0, 255]; `label_xf`: int64 [batch], in
       [0, num_classes), or -1 for a label that is not in the list.
     """
+    spec = InputSpec.model_validate(custom_config["input"])
     # Comparisons, not a lookup table: a graph without resources can be called and exported like any function.
     is_class = tf.equal(inputs[LABEL_KEY][:, tf.newaxis], tf.constant(list(custom_config["class_names"])))
     label = tf.where(tf.reduce_any(is_class, axis=1), tf.argmax(is_class, axis=1), tf.constant(-1, tf.int64))
     return {
-        transformed_name(IMAGE_KEY): decode_images(inputs[IMAGE_KEY], image_size=custom_config["image_size"]),
+        transformed_name(IMAGE_KEY): decode_images(
+            inputs[IMAGE_KEY], image_size=spec.image_size, interpolation=spec.interpolation
+        ),
         transformed_name(LABEL_KEY): label,
     }
 

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before anything loads TensorFlow, as `local_runner.py` does.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -64,6 +65,29 @@ def _make_images(
             suffix, options = (".jpg", {"quality": 95}) if number % 2 else (".png", {})
             _draw(shape, size, random).save(folder / name / f"{number:03d}{suffix}", **options)
     return folder
+
+
+def trainer_config(cache_dir: str = "", **sections) -> Any:
+    """A `TrainerConfig` of a network of random weights, so that nothing says how well it learns; settings change by section."""
+    from models.trainer import TrainerConfig
+    from preprocessing.images import InputSpec
+
+    settings = {
+        "model": {"weights": "random", "num_feature_maps": 2, "covariance": False, "hidden_units": 0, "num_components": 16},
+        "training": {"epochs": 2, "batch_size": 16},
+        "fine_tuning": {"epochs": 3, "batch_size": 8, "patience": 3},
+        "augmentation": {"strength": "light"},
+        "devices": {"accelerator": "cpu"},
+        "export": {},
+    }
+    merged = {name: values | sections.get(name, {}) for name, values in settings.items()}
+    return TrainerConfig(
+        class_names=CLASS_NAMES,
+        input=InputSpec(image_size=TRANSFORM_IMAGE_SIZE, interpolation="bicubic"),
+        cache_dir=cache_dir,
+        code="",
+        **merged,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +166,8 @@ def transform_graph(tmp_path_factory: pytest.TempPathFactory, encode: Callable[.
 
     folder = tmp_path_factory.mktemp("transform_graph")
     metadata = dataset_metadata.DatasetMetadata(schema_utils.schema_from_feature_spec(feature_spec()))
-    settings = {"image_size": TRANSFORM_IMAGE_SIZE, "class_names": list(CLASS_NAMES)}
+    spec = {"image_size": TRANSFORM_IMAGE_SIZE, "interpolation": "bicubic"}
+    settings = {"input": spec, "class_names": list(CLASS_NAMES)}
     black = encode(np.zeros((4, 4, 3), np.uint8))
     record = {"image": black, "label": b"circle", "filename": b"black.png", "height": 4, "width": 4}
     record |= {"aspect": 1.0, "brightness": 0.0, "channels": 3}
@@ -184,3 +209,18 @@ def write_records(encode: Callable[..., bytes]) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def shape_records(tmp_path_factory: pytest.TempPathFactory, make_images: Callable, write_records: Callable) -> dict[str, str]:
+    """Records of small shapes: 44 to train on, 18 to validate with."""
+    folder = tmp_path_factory.mktemp("records")
+    images = make_images(folder / "images", num_per_class=31, size=48)
+    files = {name: sorted((images / name).iterdir()) for name in CLASS_NAMES}
+    for split, chosen in (("train", slice(0, 22)), ("valid", slice(22, 31))):
+        paths = [path for pair in zip(*(files[name][chosen] for name in CLASS_NAMES), strict=True) for path in pair]
+        half = len(paths) // 2
+        for shard, part in enumerate((paths[:half], paths[half:])):
+            path = folder / f"{split}-{shard}.tfrecord.gz"
+            write_records(path, [np.asarray(Image.open(one).convert("RGB")) for one in part], [one.parent.name for one in part])
+    return {split: str(folder / f"{split}-*") for split in ("train", "valid")}

@@ -1,205 +1,270 @@
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
-from conftest import CLASS_NAMES, TRANSFORM_IMAGE_SIZE
+import tensorflow as tf
+from conftest import CLASS_NAMES, ROOT, trainer_config
+from PIL import Image
 
-from models.classifier import ModelConfig, build_statistics, fit_projection
+from models.classifier import ModelConfig
 from models.devices import DeviceConfig
-from models.trainer import (
-    Embeddings,
-    TrainerConfig,
-    TrainingConfig,
-    compute_statistics,
-    read_images,
-    train_head,
-    write_embeddings,
+from models.fine_tuning import FINE_TUNING, FineTuningConfig
+from models.head import HEAD, TrainingConfig
+from models.tflite import ExportConfig
+from models.trainer import TrainerConfig, run_fn, with_hyperparameters
+from preprocessing.augment import AugmentationConfig
+
+TIMEOUT_SECONDS = 300
+
+
+@pytest.fixture
+def make_arguments(shape_records, transform_graph):
+    """Makes what TFX passes to `run_fn`; executions of one pipeline lie beside each other."""
+
+    def make(
+        root: Path, config: TrainerConfig, *, execution: int = 1, base_model: str | None = None, hyperparameters=None
+    ) -> dict:
+        run_dir = root / "model_run" / str(execution)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return {
+            "custom_config": {"trainer": config.model_dump(mode="json")},
+            "hyperparameters": hyperparameters,
+            "transform_graph_path": transform_graph,
+            "train_files": [shape_records["train"]],
+            "eval_files": [shape_records["valid"]],
+            "model_run_dir": str(run_dir),
+            "serving_model_dir": str(root / "model" / str(execution) / "Format-Serving"),
+            "base_model": base_model,
+        }
+
+    return make
+
+
+def _start(path: Path, arguments: dict, *, num_devices: int = 1, **environment: str) -> subprocess.Popen:
+    path.write_text(json.dumps(arguments | {"num_devices": num_devices}))
+    command = [sys.executable, str(ROOT / "tests" / "training_process.py"), str(path)]
+    log = open(path.with_suffix(".log"), "w")  # noqa: SIM115 (the process writes to it)
+    return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _finish(path: Path, process: subprocess.Popen) -> None:
+    try:
+        code = process.wait(TIMEOUT_SECONDS)
+    finally:
+        process.kill()
+    assert code == 0, path.with_suffix(".log").read_text()[-3000:]
+
+
+def _history(arguments: dict) -> dict[str, list]:
+    return json.loads(Path(arguments["model_run_dir"], "history.json").read_text())
+
+
+def _probabilities(arguments: dict, shape_records: dict[str, str]) -> np.ndarray:
+    model = tf.saved_model.load(arguments["serving_model_dir"])
+    serialized = list(tf.data.TFRecordDataset(sorted(tf.io.gfile.glob(shape_records["valid"])), "GZIP"))
+    return model.signatures["examples"](tf.stack(serialized))["probabilities"].numpy()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, shape_records, transform_graph):
+    """A whole run of both stages in this process; gives its arguments."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    arguments = make_arguments.__wrapped__(shape_records, transform_graph)(root, trainer_config(str(root / "cache")))
+    run_fn(SimpleNamespace(**arguments))
+    return arguments
+
+
+def test_run_fn_trains_both_stages_and_leaves_what_a_person_and_a_server_need(uninterrupted):
+    history = _history(uninterrupted)
+    assert history["stage"] == [HEAD] * 2 + [FINE_TUNING] * 3
+    assert {len(values) for values in history.values()} == {5}
+    run_dir = Path(uninterrupted["model_run_dir"])
+    assert {"history.json", "curves.png", "logs"} == {path.name for path in run_dir.iterdir()}
+    assert Image.open(run_dir / "curves.png").size[0] > 300
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {HEAD, FINE_TUNING}
+    model = Path(uninterrupted["serving_model_dir"])
+    assert (model / "assets.extra" / "labels.txt").read_text().split() == list(CLASS_NAMES)
+    assert "serving_default" in tf.saved_model.load(str(model)).signatures
+
+
+def test_run_fn_gives_the_probabilities_of_training_on_every_road(uninterrupted, shape_records):
+    """The exported network is folded; the one that was trained is not, and validated with the last history's loss."""
+    history = _history(uninterrupted)
+    probabilities = _probabilities(uninterrupted, shape_records)
+    labels = np.tile([0, 1], 9)
+    smooth = np.eye(2)[labels] * 0.9 + 0.05
+
+    loss = -(smooth * np.log(probabilities)).sum(axis=1).mean()
+
+    # The best of fine-tuning, or what it started from.
+    assert loss == pytest.approx(min(history["val_loss"]), rel=1e-3)
+
+
+def test_run_fn_repeats_with_the_same_seed_and_embeddings(uninterrupted, shape_records, make_arguments, tmp_path, caplog):
+    root = Path(uninterrupted["model_run_dir"]).parents[1]
+    arguments = make_arguments(tmp_path, trainer_config(str(root / "cache")))
+
+    with caplog.at_level("INFO", logger="tfx_vision"):
+        run_fn(SimpleNamespace(**arguments))
+
+    assert "fitting the projection" not in caplog.text
+    np.testing.assert_allclose(_history(arguments)["val_loss"], _history(uninterrupted)["val_loss"], rtol=1e-4)
+    np.testing.assert_allclose(
+        _probabilities(arguments, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-4
+    )
+
+
+def test_run_fn_of_another_seed_gives_another_model(uninterrupted, shape_records, make_arguments, tmp_path):
+    arguments = make_arguments(tmp_path, trainer_config(training={"seed": 1}, fine_tuning={"epochs": 1}))
+
+    run_fn(SimpleNamespace(**arguments))
+
+    assert not np.allclose(_probabilities(arguments, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-4)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("stage", "sign"), [(HEAD, signal.SIGKILL), (FINE_TUNING, signal.SIGKILL), (FINE_TUNING, signal.SIGTERM)]
 )
-from preprocessing.images import PreprocessingConfig
-from preprocessing.transform import TransformGraph
+def test_run_fn_goes_on_where_it_was_killed_and_ends_with_the_same_model(
+    uninterrupted, shape_records, make_arguments, tmp_path, stage, sign
+):
+    path = tmp_path / "killed.json"
+    killed = make_arguments(tmp_path, trainer_config())
+    process = _start(path, killed)
+    checkpoints = Path(killed["model_run_dir"], "checkpoints", stage)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not list(checkpoints.glob("ckpt-1.index")):  # at its first epoch's end
+        assert process.poll() is None, path.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sign)
+    code = process.wait(TIMEOUT_SECONDS)
+    assert code == (143 if sign == signal.SIGTERM else -signal.SIGKILL)
+    assert not Path(killed["serving_model_dir"]).exists()
+
+    rerun = make_arguments(tmp_path, trainer_config(), execution=2)
+    path = tmp_path / "rerun.json"
+    _finish(path, _start(path, rerun))
+
+    assert "goes on from epoch" in path.with_suffix(".log").read_text()
+    expected = _history(uninterrupted)
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(_history(rerun)[name], expected[name], rtol=1e-3)
+    np.testing.assert_allclose(_probabilities(rerun, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-3)
+    # Nothing of the killed run is left to weigh on the disk.
+    assert list((tmp_path / "model_run").rglob("ckpt-*")) == []
 
 
-def _config(**training) -> TrainerConfig:
-    return TrainerConfig(
-        class_names=CLASS_NAMES,
-        preprocessing=PreprocessingConfig(image_size=TRANSFORM_IMAGE_SIZE),
-        model=ModelConfig(weights="random", hidden_units=0),
-        training=TrainingConfig(**{"epochs": 20, "patience": 20, "batch_size": 32, "learning_rate": 0.02} | training),
-        devices=DeviceConfig(accelerator="cpu"),
-        code="",
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.mark.end_to_end
+def test_run_fn_trains_alike_on_one_device_on_two_and_on_two_machines(make_arguments, shape_records, tmp_path):
+    # Without chance: dropout, depth and mixing draw for each replica on its own. The learning rates are for one replica.
+    still = {"epochs": 2, "stochastic_depth": 0.0, "gradient_clip_norm": 0.0}
+    rates = {"learning_rate": 3e-4, "backbone_learning_rate": 1e-4}
+    one = {"fine_tuning": still | rates | {"batch_size": 8}, "augmentation": {"strength": "none"}, "model": {"dropout": 0.0}}
+    two = one | {"fine_tuning": still | {name: rate / 2 for name, rate in rates.items()} | {"batch_size": 4}}
+    alone = make_arguments(tmp_path / "alone", trainer_config(**one))
+    mirrored = make_arguments(tmp_path / "mirrored", trainer_config(**two | {"devices": {"strategy": "mirrored"}}))
+    workers = make_arguments(tmp_path / "workers", trainer_config(**two))
+    addresses = [f"127.0.0.1:{port}" for port in _free_ports(2)]
+    environments = [
+        {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})}
+        for index in (0, 1)
+    ]
+
+    for name, arguments, num_devices in (("alone", alone, 1), ("mirrored", mirrored, 2)):
+        path = tmp_path / f"{name}.json"
+        _finish(path, _start(path, arguments, num_devices=num_devices))
+    # Each worker is told another folder for the model: only the chief may fill it.
+    other = workers | {"serving_model_dir": str(tmp_path / "not_the_chief")}
+    paths = [tmp_path / f"worker{index}.json" for index in (0, 1)]
+    processes = [
+        _start(path, arguments, **environment)
+        for path, arguments, environment in zip(paths, (workers, other), environments, strict=True)
+    ]
+    for path, process in zip(paths, processes, strict=True):
+        _finish(path, process)
+
+    expected = _history(alone)
+    for arguments in (mirrored, workers):
+        for name in ("loss", "val_loss"):
+            np.testing.assert_allclose(_history(arguments)[name], expected[name], rtol=2e-3)
+        np.testing.assert_allclose(_probabilities(arguments, shape_records), _probabilities(alone, shape_records), atol=5e-3)
+    assert not Path(other["serving_model_dir"]).exists()
+
+
+def test_run_fn_starts_from_an_exported_model(uninterrupted, shape_records, make_arguments, tmp_path, caplog):
+    # So slow that it stays where it starts.
+    slow = {"learning_rate": 1e-9, "backbone_learning_rate": 1e-9, "epochs": 1}
+    config = trainer_config(training={"learning_rate": 1e-9, "epochs": 1, "seed": 5}, fine_tuning=slow)
+    arguments = make_arguments(tmp_path, config, base_model=uninterrupted["serving_model_dir"])
+
+    with caplog.at_level("INFO", logger="tfx_vision"):
+        run_fn(SimpleNamespace(**arguments))
+
+    assert f"starting from the blessed model {uninterrupted['serving_model_dir']}" in caplog.text
+    np.testing.assert_allclose(
+        _probabilities(arguments, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-4
     )
 
 
-def _embeddings(path, features: np.ndarray, labels) -> Embeddings:
-    features.astype(np.float32).tofile(path)
-    return Embeddings(np.memmap(path, np.float32, mode="r", shape=features.shape), np.asarray(labels, np.int64))
+def test_run_fn_refuses_to_start_from_another_network(uninterrupted, make_arguments, tmp_path):
+    config = trainer_config(model={"num_components": 8})
+    arguments = make_arguments(tmp_path, config, base_model=uninterrupted["serving_model_dir"])
+
+    with pytest.raises(ValueError, match=r"Received: another num_components. Take the settings that it was trained with"):
+        run_fn(SimpleNamespace(**arguments))
 
 
-def _separable(path, *, num_images: int, seed: int) -> Embeddings:
-    """Two clouds that a linear head tells apart."""
-    random = np.random.default_rng(seed)
-    labels = np.arange(num_images) % 2
-    centres = np.where(labels[:, np.newaxis] == 0, 1.0, -1.0)
-    return _embeddings(path, centres + random.normal(scale=0.3, size=(num_images, 8)), labels)
+def test_run_fn_takes_what_the_tuner_found(make_arguments, tmp_path):
+    found = {"space": [], "values": {"training.epochs": 1, "fine_tuning.epochs": 0}}
+    arguments = make_arguments(tmp_path, trainer_config(), hyperparameters=found)
+
+    run_fn(SimpleNamespace(**arguments))
+
+    assert _history(arguments)["stage"] == [HEAD]
 
 
-@pytest.fixture(scope="module")
-def transform(transform_graph) -> TransformGraph:
-    return TransformGraph(transform_graph)
+def test_with_hyperparameters_checks_the_values():
+    config = with_hyperparameters(trainer_config(), {"model.dropout": 0.25, "augmentation.strength": "strong"})
+    assert (config.model.dropout, config.augmentation.strength) == (0.25, "strong")
+
+    with pytest.raises(ValueError, match="dropout"):
+        with_hyperparameters(trainer_config(), {"model.dropout": 1.5})
 
 
-@pytest.fixture(scope="module")
-def statistics() -> keras.Model:
-    keras.utils.set_random_seed(0)
-    return build_statistics(ModelConfig(weights="random", num_feature_maps=1), image_size=TRANSFORM_IMAGE_SIZE)
+def test_trainer_config_survives_json():
+    config = trainer_config(fine_tuning={"unfrozen": 0.5}, export={})
+
+    assert TrainerConfig.model_validate(json.loads(config.model_dump_json())) == config
+    assert isinstance(config.fine_tuning, FineTuningConfig)
+    assert isinstance(config.model, ModelConfig)
+    assert isinstance(config.devices, DeviceConfig)
+    assert isinstance(config.training, TrainingConfig)
+    assert isinstance(config.augmentation, AugmentationConfig)
+    assert isinstance(config.export, ExportConfig)
 
 
-@pytest.fixture(scope="module")
-def colours() -> tuple[list[np.ndarray], list[str]]:
-    """Forty images of 32 pixels whose classes are dark and bright noise."""
-    random = np.random.default_rng(0)
-    bounds = [(0, 90) if number % 2 else (150, 256) for number in range(40)]
-    return (
-        [random.integers(*limits, (32, 32, 3), np.uint8) for limits in bounds],
-        [CLASS_NAMES[number % 2] for number in range(40)],
-    )
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory, write_records, colours) -> list[str]:
-    """Two files of records; the second one is short."""
-    folder = tmp_path_factory.mktemp("records")
-    images, labels = colours
-    write_records(folder / "train-00001-of-00002.tfrecord.gz", images[35:], labels[35:])
-    write_records(folder / "train-00000-of-00002.tfrecord.gz", images[:35], labels[:35])
-    return [str(folder / "train-*.gz")]
-
-
-def test_read_images_gives_the_records_in_their_order(transform, records, colours):
-    batches = list(read_images(transform, records))
-
-    images = np.concatenate([images for images, _ in batches])
-    labels = np.concatenate([labels for _, labels in batches])
-    np.testing.assert_allclose(images, np.stack(colours[0]), atol=1e-3)
-    np.testing.assert_array_equal(labels, [number % 2 for number in range(40)])
-
-
-def test_compute_statistics_gives_a_row_for_every_image(statistics, transform, records, colours):
-    batches = list(compute_statistics(statistics, transform, records, split="train"))
-
-    rows = np.concatenate([rows for rows, _ in batches])
-    expected = np.asarray(statistics([np.stack(colours[0]).astype(np.float32)], training=False))
-    assert len(batches) > 1
-    # Squared, as a square root makes much of a difference between values near zero.
-    np.testing.assert_allclose(np.square(rows), np.square(expected), rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), np.arange(40) % 2)
-
-
-def test_compute_statistics_refuses_a_label_that_is_not_in_the_list(tmp_path, statistics, transform, write_records, colours):
-    path = write_records(tmp_path / "records.gz", colours[0][:2], ["circle", "triangle"])
-
-    with pytest.raises(ValueError, match=r"^Expected labels of labels.txt only. Received: a record with another one"):
-        list(compute_statistics(statistics, transform, [path], split="train"))
-
-
-def test_compute_statistics_refuses_files_without_images(tmp_path, statistics, transform, write_records):
-    path = write_records(tmp_path / "records.gz", [], [])
-
-    with pytest.raises(ValueError, match=f"^Expected images in {path}. Received: none.$"):
-        list(compute_statistics(statistics, transform, [path], split="train"))
-
-
-def test_write_embeddings_keeps_the_projected_statistics_on_disk(tmp_path):
-    rows = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
-    labels = np.arange(50) % 3
-    projection = fit_projection(rows, num_components=4)
-    path = tmp_path / "train"
-
-    found = write_embeddings(
-        str(path), ((rows[start : start + 20], labels[start : start + 20]) for start in (0, 20, 40)), projection
-    )
-
-    assert isinstance(found.features, np.memmap)
-    assert found.features.shape == (50, 4)
-    assert path.stat().st_size == 50 * 4 * 4
-    np.testing.assert_allclose(found.features, projection(rows), atol=1e-5)
-    np.testing.assert_array_equal(found.labels, labels)
-
-
-def test_train_head_learns_to_tell_the_classes_apart(tmp_path):
-    train = _separable(tmp_path / "train", num_images=64, seed=0)
-    valid = _separable(tmp_path / "valid", num_images=32, seed=1)
-
-    head, history = train_head(_config(), train, valid)
-
-    predictions = np.asarray(head(np.asarray(valid.features), training=False)).argmax(axis=-1)
-    np.testing.assert_array_equal(predictions, valid.labels)
-    assert history["val_accuracy"][-1] == 1.0
-    assert history["val_loss"][-1] < history["val_loss"][0]
-    # What the report draws, in numbers that JSON can hold.
-    assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= set(history)
-    assert {len(values) for values in history.values()} == {20}
-    assert json.loads(json.dumps(history)) == history
-
-
-def test_train_head_repeats_with_the_same_seed(tmp_path):
-    train = _separable(tmp_path / "train", num_images=32, seed=0)
-    losses = []
-    for _ in range(2):
-        keras.utils.set_random_seed(3)
-        losses.append(train_head(_config(epochs=3, seed=3), train, train)[1]["loss"])
-
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
-
-
-def test_train_head_stops_early_and_keeps_the_best_weights(tmp_path):
-    # The labels of the validation images are the wrong way round, so its first epoch is its best.
-    train = _separable(tmp_path / "train", num_images=64, seed=0)
-    valid = _separable(tmp_path / "valid", num_images=32, seed=1)
-    valid = Embeddings(valid.features, 1 - valid.labels)
-
-    head, history = train_head(_config(patience=2, label_smoothing=0.0), train, valid)
-
-    assert len(history["val_loss"]) == 3
-    logits = np.asarray(head(np.asarray(valid.features), training=False), np.float64)
-    likelihoods = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    loss = -likelihoods[np.arange(32), valid.labels].mean()
-    assert loss == pytest.approx(min(history["val_loss"]), rel=0.05)
-    assert loss < history["val_loss"][-1]
-
-
-def test_train_head_gives_a_rare_class_its_weight(tmp_path):
-    # A feature that says nothing: the best answer is the frequency of each class, or one half where they are balanced.
-    labels = np.array([1] * 8 + [0] * 56)
-    train = _embeddings(tmp_path / "train", np.random.default_rng(0).normal(size=(64, 1)), labels)
-    rare = {}
-    for class_balance in (0.0, 1.0):
-        settings = {"weight_decay": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "class_balance": class_balance}
-        config = _config(learning_rate=0.2, batch_size=64, **settings)
-        head, _ = train_head(config, train, train)
-        logits = np.asarray(head(np.zeros((1, 1), np.float32), training=False))[0]
-        rare[class_balance] = 1 / (1 + np.exp(logits[0] - logits[1]))
-
-    assert rare[0.0] == pytest.approx(8 / 64, abs=0.08)
-    assert rare[1.0] == pytest.approx(0.5, abs=0.12)
-
-
-def test_train_head_refuses_to_train_without_a_class(tmp_path):
-    train = _embeddings(tmp_path / "train", np.ones((4, 2)), [0, 0, 0, 0])
-
-    with pytest.raises(ValueError, match=r"^Expected training images of every class."):
-        train_head(_config(), train, train)
-
-
-def test_train_head_stops_at_a_loss_that_is_no_number(tmp_path):
-    train = _separable(tmp_path / "train", num_images=32, seed=0)
-
-    with pytest.raises(ValueError, match=r"^Expected a finite loss. Received: NaN. Lower training.learning_rate.$"):
-        train_head(_config(learning_rate=1e38), train, train)
-
-
-@pytest.mark.parametrize("setting", ["epochs", "patience", "batch_size", "learning_rate"])
-def test_training_config_refuses_zero(setting):
-    with pytest.raises(ValueError, match=setting):
-        TrainingConfig(**{setting: 0})
+@pytest.fixture(autouse=True)
+def _clear_session():
+    yield
+    keras.backend.clear_session()

@@ -6,7 +6,7 @@ from conftest import CLASS_NAMES, TRANSFORM_IMAGE_SIZE
 from preprocessing.images import decode_image
 from preprocessing.transform import TransformGraph, preprocessing_fn
 
-CONFIG = {"image_size": 32, "class_names": ["zebra", "ant", "cät"]}
+CONFIG = {"input": {"image_size": 32, "interpolation": "bicubic"}, "class_names": ["zebra", "ant", "cät"]}
 
 
 def _inputs(encode, labels):
