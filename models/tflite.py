@@ -1,8 +1,17 @@
 """The trained classifier as TFLite models, for the phone and the edge. Optional; called by the trainer at its end.
 
-`model_float16.tflite` halves the weights and takes float32 images; `model_int8.tflite` computes in integers what integers
-represent well and takes uint8 images, as a camera gives them. Both give float32 probabilities, in the order of `labels.txt`.
-Neither decodes nor resizes: whoever feeds them must resize as the Transform graph does.
+`model_float16.tflite` halves the weights and takes float32 images. `model_int8.tflite` computes the backbone and the projection
+in integers, the statistics and the head in float, and takes uint8 images, as a camera gives them. Both give float32
+probabilities, in the order of `labels.txt`. Neither decodes nor resizes: whoever feeds them must do it as the Transform graph.
+
+Accuracy on the test images of one run with the default network, which is 46 MB in float32:
+
+              float32   float16 (23 MB)   int8 (13 MB)
+    flowers    93.7%         93.7%           93.7%
+    ELPV       86.0%         85.7%           72.4%
+
+Compare before shipping `int8`. On ELPV its activations lose most: with 8 bits for the weights alone, the statistics were five
+times closer to those in float.
 
 TensorFlow 2.21 still has all of `tf.lite` that is used here, and calls its interpreter deprecated in favour of the package
 `ai-edge-litert`, which runs the same files.
@@ -32,8 +41,9 @@ PROBABILITIES = "probabilities"
 NUM_CALIBRATION_IMAGES = 100  # TensorFlow's guide to quantization asks for some 100 to 500
 _MAX_PIXEL = 255
 
-# What stays in float in an `int8` model, though 1% of the work, or less: a covariance near zero has a large square root, and
-# quantized it is zero. In integers, the statistics cost 0.7% of the flowers' answers, and for some networks TFLite aborts.
+# What stays in float in an `int8` model: 1% of the multiply-adds of the default network. A covariance near zero has a large
+# square root, and quantized it is zero. With all in integers, 98.1% of the flowers' answers stayed the same, so 98.9%; and the
+# integer square root aborts the process for some networks, where TFLite prepares it.
 _FLOAT_LAYERS = (StatisticsPooling, keras.layers.Concatenate, keras.layers.Softmax, keras.Model)
 
 # Of 2.19 and later; by its text, as it is a plain UserWarning. See the module's docstring.
@@ -45,7 +55,7 @@ class ExportConfig(pydantic.BaseModel):
 
     Attributes:
       tflite: kinds of TFLite model: `float16` for half the size at the same answers, `int8` for a quarter of the size and for
-        hardware that is fast in integers.
+        hardware that is fast in integers, at a loss of accuracy that depends on the data.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")

@@ -16,6 +16,7 @@ import pydantic
 
 from data.errors import InputError, validate
 from data.prepare import DataConfig
+from models.backbones import BACKBONES
 from models.classifier import ModelConfig
 from models.devices import DeviceConfig
 from models.fine_tuning import FineTuningConfig
@@ -82,6 +83,15 @@ class Config(pydantic.BaseModel):
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     vertex: VertexConfig = VertexConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _fine_tune_only_what_can_be(self) -> "Config":
+        if self.fine_tuning.epochs and self.model.backbone not in BACKBONES:
+            raise ValueError(
+                "Expected `fine_tuning.epochs` of 0 with a model of TensorFlow Hub, which stays frozen. "
+                f"Received: fine_tuning.epochs={self.fine_tuning.epochs}. Set it to 0, or take a backbone by name."
+            )
+        return self
 
     @property
     def input_spec(self) -> InputSpec:

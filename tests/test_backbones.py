@@ -124,4 +124,4 @@ def test_find_backbone_of_another_name_says_what_there_is(name, nearest):
         assert known in message
     assert "handle of a TensorFlow Hub model" in message
     assert "path of a SavedModel" in message
-    assert f"Received: backbone={name!r}. Did you mean {nearest}" in message
+    assert f"Received: model.backbone={name!r}. Did you mean {nearest}" in message

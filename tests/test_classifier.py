@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from models.classifier import (
     ModelConfig,
@@ -76,7 +77,19 @@ def test_statistics_pooling_agrees_with_numpy(covariance):
         if covariance:
             statistics.append(np.cov(positions, rowvar=False, ddof=0)[np.triu_indices(5)])
         expected = np.concatenate(statistics)
-        np.testing.assert_allclose(row, np.sign(expected) * np.sqrt(np.abs(expected)), rtol=1e-3, atol=1e-3)
+        # A signed square root, but for values near zero.
+        np.testing.assert_allclose(row, expected / np.sqrt(np.abs(expected) + 1e-3), rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_pooling_has_a_gradient_where_a_channel_never_changes():
+    feature_map = tf.Variable(np.zeros((1, 3, 3, 2), np.float32))
+
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(StatisticsPooling(covariance=True)(feature_map))
+    gradient = tape.gradient(total, feature_map)
+
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
 
 
 def test_statistics_pooling_does_not_look_at_the_order_of_the_positions():

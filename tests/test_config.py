@@ -41,13 +41,13 @@ def test_load_config_takes_every_setting_of_a_preset(preset):
 def test_presets_are_those_that_the_setting_offers():
     for preset in PRESETS:
         assert Config(preset=preset).preset == preset
-    assert {"smoke", "default"} <= set(PRESETS)
+    assert {"smoke", "default", "accurate"} <= set(PRESETS)
 
 
 def test_preset_smoke_asks_for_less_than_the_default():
     smoke, default = _load(overrides=["preset=smoke"]), _load()
 
-    assert smoke.preprocessing.image_size < default.preprocessing.image_size
+    assert smoke.input_spec.image_size < default.input_spec.image_size
     assert smoke.training.epochs < default.training.epochs
     assert smoke.evaluation.min_accuracy < default.evaluation.min_accuracy
 
@@ -168,7 +168,7 @@ def test_load_config_says_where_an_unknown_setting_is(tmp_path):
         ),
         (
             "model.backbone=resnet",
-            "Expected `model.backbone` to be valid. Received: model.backbone='resnet'. Input should be ",
+            "Expected `model.backbone` to be one of efficientnet_lite0, efficientnet_lite1, ",
         ),
         (
             "pipeline.name=My_Pipeline",

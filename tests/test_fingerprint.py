@@ -99,5 +99,5 @@ def test_code_fingerprint_counts_the_version_of_a_named_package(code, monkeypatc
 
 
 def test_code_fingerprint_reaches_preprocessing_and_models_from_the_real_trainer():
-    assert {"models.classifier", "models.signatures", "preprocessing.images"} <= imported_modules("models.trainer")
+    assert {"models.classifier", "models.signatures", "preprocessing.transform"} <= imported_modules("models.trainer")
     assert len(code_fingerprint("models.trainer", distributions=["tensorflow"])) == 16

@@ -49,7 +49,7 @@ def test_tuner_fn_finds_values_that_the_trainer_takes(arguments):
     assert trials[0].score <= trials[1].score
     assert trials[0].hyperparameters.values != trials[1].hyperparameters.values
     # As TFX writes them down, and the Trainer reads them.
-    best = json.loads(json.dumps(result.tuner.get_best_hyperparameters()[0].gettrainer_config()))
+    best = json.loads(json.dumps(result.tuner.get_best_hyperparameters()[0].get_config()))
     assert best["values"] == trials[0].hyperparameters.values
 
 

@@ -1,6 +1,7 @@
-"""Measures the test accuracy of the default preset over several random splits, as one split of a small set says little.
+"""Measures the test accuracy of stage one over several random splits, as one split of a small set says little.
 
     python tests/benchmarks/accuracy_over_splits.py --data elpv
+    python tests/benchmarks/accuracy_over_splits.py --data elpv --set model.backbone=efficientnet_lite2
 
 Every image passes through the frozen backbone once; for each split the projection and the head are then trained anew by the
 trainer's own functions, and judged on the test split that they have not seen. About two minutes for 2,600 images on two cores.
@@ -25,8 +26,10 @@ from data.features import SPLITS, TEST_SPLIT, TRAIN_SPLIT, VALID_SPLIT
 from data.inspection import ImageLimits, inspect_image
 from data.sources import open_source
 from data.splits import SplitConfig, choose_group_split, choose_split, find_near_duplicates
-from models.classifier import build_statistics, fit_projection
-from models.trainer import PROJECTION_SAMPLE, TrainerConfig, train_head, write_embeddings
+from models.classifier import build_head, build_statistics, fit_projection
+from models.devices import configure_devices
+from models.embeddings import PROJECTION_SAMPLE, Embeddings
+from models.head import train_head
 from pipeline.config import load_config
 from preprocessing.images import decode_image
 
@@ -38,23 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the test accuracy over several random splits.")
     parser.add_argument("--data", default="elpv", help="folder per class, CSV or `elpv`")
     parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting; repeatable")
     arguments = parser.parse_args()
-    config = load_config()
+    config = load_config(overrides=arguments.set)
     source = open_source(arguments.data)
-    trainer_config = TrainerConfig(
-        class_names=source.class_names,
-        preprocessing=config.preprocessing,
-        model=config.model,
-        training=config.training,
-        devices=config.devices,
-        code="",
-    )
-    size = config.preprocessing.image_size
-    network = build_statistics(config.model, image_size=size)
+    devices = configure_devices(config.devices)
+    spec = config.input_spec
+    network = build_statistics(config.model, image_size=spec.image_size)
     compute = tf.function(lambda images: network(images, training=False), autograph=False)
     paths = [reference.path for reference in source.references]
     images = tf.data.Dataset.from_tensor_slices(paths).map(
-        lambda path: decode_image(tf.io.read_file(path), image_size=size), num_parallel_calls=tf.data.AUTOTUNE
+        lambda path: decode_image(tf.io.read_file(path), image_size=spec.image_size, interpolation=spec.interpolation),
+        num_parallel_calls=tf.data.AUTOTUNE,
     )
     statistics = np.concatenate([compute(batch).numpy() for batch in images.batch(_BATCH_SIZE).prefetch(2)])
     labels = np.array([source.class_names.index(reference.label) for reference in source.references])
@@ -71,13 +69,14 @@ def main() -> None:
         rows = {split: np.flatnonzero(chosen == split) for split in SPLITS}
         sample = statistics[rows[TRAIN_SPLIT][:PROJECTION_SAMPLE]]
         projection = fit_projection(sample, num_components=config.model.num_components)
+        train, valid, test = (
+            Embeddings(projection(statistics[rows[split]]), labels[rows[split]])
+            for split in (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
+        )
+        head = build_head(config.model, num_components=len(projection.bias), num_classes=len(source.class_names))
         with tempfile.TemporaryDirectory() as folder:
-            train, valid, test = (
-                write_embeddings(os.path.join(folder, split), [(statistics[rows[split]], labels[rows[split]])], projection)
-                for split in (TRAIN_SPLIT, VALID_SPLIT, TEST_SPLIT)
-            )
-            head, _ = train_head(trainer_config, train, valid)
-            predicted = np.argmax(head.predict(test.features, verbose=0), axis=1)
+            train_head(config.training, head, train, valid, devices, folder=folder)
+        predicted = np.argmax(head.predict(test.features, verbose=0), axis=1)
         confusion = tf.math.confusion_matrix(test.labels, predicted, len(source.class_names)).numpy()
         f1 = 2 * np.diag(confusion) / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1), 1)
         accuracies.append(np.trace(confusion) / confusion.sum())
