@@ -121,8 +121,8 @@ def find_backbone(name: str) -> Backbone:
     if not name.startswith(_HANDLE_PREFIXES):
         nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         raise InputError(
-            f"Expected `model.backbone` to be one of {', '.join(BACKBONES)}, the https:// handle of a TensorFlow Hub model, or the "
-            f"path of a SavedModel, with a / in front. Received: model.backbone={name!r}. Did you mean {nearest}?"
+            f"Expected `model.backbone` to be one of {', '.join(BACKBONES)}, the https:// handle of a TensorFlow Hub model, or "
+            f"the path of a SavedModel, with a / in front. Received: model.backbone={name!r}. Did you mean {nearest}?"
         )
     # Here, as it is the only one that needs TensorFlow by name; the networks above compute with any backend of Keras.
     from models import hub

@@ -94,8 +94,7 @@ class Devices:
     def wait_for_all(self) -> None:
         """Waits until every worker of a cluster has come here; returns at once where there is one."""
         if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            here = tf.function(lambda: self.strategy.run(lambda: tf.constant(1.0)))()
-            self.strategy.reduce(tf.distribute.ReduceOp.SUM, here, axis=None)
+            self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.strategy.run(tf.ones, args=([],)), axis=None)
 
 
 @dataclasses.dataclass(frozen=True)

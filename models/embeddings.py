@@ -155,7 +155,11 @@ def compute_statistics(
 
 
 def frozen_function(network: keras.Model) -> Any:
-    """Traces a network for inference alone: float32 [batch, image_size, image_size, 3] -> its output."""
+    """Traces a network for inference alone: float32 [batch, image_size, image_size, 3] -> its output.
+
+    The weights stay variables: as BatchNormalization is folded, oneDNN joins each convolution with its bias and activation all
+    the same, and constants would save it one to two percent (`tests/benchmarks/backbone_throughput.py` measures the whole).
+    """
     compute = tf.function(lambda images: network(images, training=False), autograph=False)
     return compute.get_concrete_function(tf.TensorSpec(network.input_shape, tf.float32))
 

@@ -143,14 +143,14 @@ def fine_tune(
         head = classifier.build_head()
         model = logits_of(join(pool_statistics(classifier.spec.model, backbone), classifier.projection, head))
         optimizer = make_optimizer(settings, model, depths, stage=stage, num_replicas=devices.num_replicas)
-        loop = Loop(
-            model,
-            optimizer,
-            stage,
-            devices,
-            folder=os.path.join(folder, CHECKPOINTS, FINE_TUNING),
-            log_folder=os.path.join(folder, LOGS, FINE_TUNING),
-        )
+    loop = Loop(
+        model,
+        optimizer,
+        stage,
+        devices,
+        folder=os.path.join(folder, CHECKPOINTS, FINE_TUNING),
+        log_folder=os.path.join(folder, LOGS, FINE_TUNING),
+    )
     logger.getChild("network").info("the network in fine-tuning:\n%s", describe_network(model))
     batches = ImageBatches(
         transform=transform,

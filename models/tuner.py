@@ -61,6 +61,15 @@ class _Job:
     valid: Images
 
 
+class _Oracle(keras_tuner.oracles.BayesianOptimizationOracle):
+    """Tries the settings themselves first, so that a search cannot end with worse ones."""
+
+    def populate_space(self, trial_id: str) -> dict[str, Any]:
+        if int(trial_id) > 0:
+            return super().populate_space(trial_id)
+        return {"status": keras_tuner.engine.trial.TrialStatus.RUNNING, "values": self.hyperparameters.values}
+
+
 class Search(keras_tuner.engine.base_tuner.BaseTuner):
     """Runs the trials; killed and started anew in the same folder, it goes on with the trial that it was at."""
 
@@ -73,7 +82,7 @@ class Search(keras_tuner.engine.base_tuner.BaseTuner):
           folder: of the search; local.
         """
         monitor = job.config.training.monitor
-        oracle = keras_tuner.oracles.BayesianOptimizationOracle(
+        oracle = _Oracle(
             objective=keras_tuner.Objective(monitor, "min" if monitor == "val_loss" else "max"),
             max_trials=settings.trials,
             hyperparameters=search_space(job.config),

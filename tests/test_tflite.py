@@ -177,7 +177,7 @@ def test_compare_tflite_counts_what_differs(paths, network, images, batches):
     assert report["int8"]["max_difference"] > report["float16"]["max_difference"] > 0
 
 
-def test_compare_tflite_finds_a_model_of_another_network(paths, network, batches):
+def test_compare_tflite_warns_of_a_model_of_another_network(paths, network, batches, caplog):
     # The network's outputs turned round: every answer is another class.
     turned = keras.Model(network.input, network.output[:, ::-1])
 
@@ -187,6 +187,10 @@ def test_compare_tflite_finds_a_model_of_another_network(paths, network, batches
     assert report["network_accuracy"] == pytest.approx(1 / 3)
     assert report["accuracy"] == 1.0
     assert report["max_difference"] > 0.3
+    assert "another answer than the network for 66.7% of 36 images" in caplog.text
+    caplog.clear()
+    compare_tflite(network, {"float16": paths["float16"]}, batches)
+    assert "another answer" not in caplog.text
 
 
 def test_evaluating_and_comparing_refuse_no_images(paths, network):

@@ -48,6 +48,8 @@ def test_tuner_fn_finds_values_that_the_trainer_takes(arguments):
     assert [trial.status for trial in trials] == ["COMPLETED"] * 2
     assert trials[0].score <= trials[1].score
     assert trials[0].hyperparameters.values != trials[1].hyperparameters.values
+    by_id = {trial.trial_id: trial for trial in trials}
+    assert by_id["0"].hyperparameters.values == pytest.approx(search_space(result.tuner._job.config).values)
     # As TFX writes them down, and the Trainer reads them.
     best = json.loads(json.dumps(result.tuner.get_best_hyperparameters()[0].get_config()))
     assert best["values"] == trials[0].hyperparameters.values

@@ -1,6 +1,6 @@
 """Measures the frozen backbone, as the trainer runs it, against ONNX Runtime, paired in one run.
 
-    .venv/bin/uv venv .cache/onnx --python .venv/bin/python     # once: an environment of its own, as the two disagree on NumPy
+    .venv/bin/uv venv .cache/onnx --python .venv/bin/python     # once: an environment of its own, so that this one stays
     .venv/bin/uv pip install --python .cache/onnx/bin/python onnx==1.23.2 onnxruntime==1.32.0
     python tests/benchmarks/backbone_throughput.py              # about two minutes on two idle cores
 

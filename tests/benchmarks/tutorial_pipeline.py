@@ -23,7 +23,7 @@ from tensorflow_model_analysis.proto import config_pb2
 from tfx import v1 as tfx
 
 from data.features import SPLITS
-from models.efficientnet_lite import efficientnet_lite0, load_imagenet_weights
+from models.efficientnet_lite import LITE0, efficientnet_lite, load_imagenet_weights
 
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
@@ -70,8 +70,8 @@ def run_fn(fn_args):
 
         return ds.batch(BATCH_SIZE).map(parse, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
-    network = efficientnet_lite0(image_size=IMAGE_SIZE)
-    load_imagenet_weights(network)
+    network = efficientnet_lite(LITE0, image_size=IMAGE_SIZE)
+    load_imagenet_weights(LITE0, network)
     backbone = keras.Model(network.input, network.outputs[-1])
     backbone.trainable = False
     image = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
