@@ -57,7 +57,7 @@ class FineTuningConfig(pydantic.BaseModel):
 
     epochs: int = pydantic.Field(0, ge=0)
     patience: int = pydantic.Field(5, ge=1)
-    unfrozen: float = pydantic.Field(0.4, gt=0, le=1)
+    unfrozen: float = pydantic.Field(0.6, gt=0, le=1)
     batch_size: int = pydantic.Field(32, ge=1)
     learning_rate: float = pydantic.Field(3e-4, gt=0)
     backbone_learning_rate: float = pydantic.Field(1e-4, gt=0)

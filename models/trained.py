@@ -76,6 +76,9 @@ class TrainedClassifier:
         unloaded = self.spec.model.model_copy(update={"weights": "random"})
         backbone = self.spec.model_copy(update={"model": unloaded}).build_backbone(stochastic_depth=stochastic_depth)
         backbone.set_weights(self.backbone)
+        for layer in backbone.layers:
+            if isinstance(layer, keras.layers.Normalization):
+                layer.finalize_state()  # it computes with constants made from its weights
         return backbone
 
     def build_head(self) -> keras.Model:

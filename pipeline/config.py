@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     # Then fine-tuning with augmentation; README has the minutes and the accuracies. A GPU's work, possible on a CPU.
     "accurate": {
-        "fine_tuning": {"epochs": 12},
+        "fine_tuning": {"epochs": 10},
     },
 }
 

@@ -84,8 +84,8 @@ STRENGTHS = {
     for name, values in {
         #          crop, color, RandAugment, erasing, mixup, cutmix
         "none": (1.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0),
-        "light": (0.7, 0.1, 0, 0.0, 0.0, 0.0, 0.0),
-        "medium": (0.5, 0.2, 0, 0.0, 0.0, 0.1, 0.0),
+        "light": (0.8, 0.1, 0, 0.0, 0.0, 0.0, 0.0),
+        "medium": (0.7, 0.15, 0, 0.0, 0.0, 0.2, 0.0),
         "strong": (0.3, 0.2, 2, 7.0, 0.1, 0.2, 1.0),
     }.items()
 }

@@ -119,3 +119,16 @@ def test_wrong_setting_ends_in_one_clear_line(settings: dict, message: str, tmp_
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "pipeline.json").exists()
+
+
+def test_search_and_warm_start_compile_too(tmp_path: Path) -> None:
+    settings = {"TFX_VISION_TUNER__TRIALS": "3", "TFX_VISION_TRAINING__WARM_START": "true"}
+    done = run([sys.executable, str(ROOT / "kubeflow_runner.py")], tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    tasks = json.loads((tmp_path / "pipeline.json").read_text())["pipelineSpec"]["root"]["dag"]["tasks"]
+    inputs = tasks["Trainer"]["inputs"]["artifacts"]
+    assert inputs["hyperparameters"]["taskOutputArtifact"]["producerTask"] == "Tuner"
+    assert inputs["base_model"]["taskOutputArtifact"]["producerTask"] == "WarmStartModel-model-resolver"
+    parameters = tasks["Trainer"]["inputs"]["parameters"]
+    custom_config = json.loads(parameters["custom_config"]["runtimeValue"]["constantValue"]["stringValue"])
+    assert custom_config["trainer"]["cache_dir"] == "gs://bucket/cache/flowers/embeddings"

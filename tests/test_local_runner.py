@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -382,3 +383,56 @@ def test_image_that_the_model_has_never_seen_keeps_its_split(first_run, images: 
     assert report["counts"] == {split: first_run[2]["counts"][split] for split in SPLITS}
     with Image.open(next(moved.glob("*/*"))) as image:
         assert image.size == (72, 72)
+
+
+def _log(workspace: Path) -> str:
+    return (workspace / "run.log").read_text()
+
+
+def test_fine_tuning_a_search_and_a_warm_start_run_through(images: Path, tmp_path: Path) -> None:
+    settings = ["--data", str(images), "--set", "training.epochs=5", "--set", "training.warm_start=true"]
+    code, result = run(
+        tmp_path / "run",
+        *settings,
+        *("--set", "fine_tuning.epochs=1", "--set", "tuner.trials=1", "--set", 'export.tflite=["float16"]'),
+    )
+    assert code == 0
+    names = [step["name"] for step in result["components"]]
+    assert names.index("Tuner") < names.index("Trainer")
+    assert names.index("WarmStartModel") < names.index("Trainer")
+    log = _log(tmp_path / "run")
+    assert "hyperparameters of the Tuner" in log
+    assert "starting from the blessed model" not in log  # there is none yet
+    pushed = Path(result["pushed_model"])
+    assert json.loads((pushed / "assets.extra" / "tflite" / "tflite.json").read_text())["float16"]["agreement"] > 0.9
+    assert list((tmp_path / "run" / "cache" / "embeddings").iterdir())
+    (history,) = (tmp_path / "run" / "pipeline" / "Trainer" / "model_run").glob("*/history.json")
+    assert json.loads(history.read_text())["stage"][-1] == "fine-tuning"
+
+    code, again = run(tmp_path / "run", *settings)
+
+    assert code == 0
+    assert f"starting from the blessed model {tmp_path / 'run' / 'pipeline' / 'Trainer' / 'model'}" in _log(tmp_path / "run")
+    assert again["pushed_model"] != result["pushed_model"]
+
+
+def test_run_that_was_killed_in_the_trainer_goes_on_there(images: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "run"
+    command = [sys.executable, "local_runner.py", *SMOKE, "--data", str(images), "--workspace", str(workspace)]
+    command += ["--set", "training.epochs=300", "--set", "training.patience=300"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = workspace / "pipeline" / "Trainer" / "model_run"
+    while not list(checkpoints.glob("*/checkpoints/head/ckpt-*.index")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert pushed_versions(workspace) == []
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    log = _log(workspace)
+    assert "going on from the checkpoints of" in log
+    assert "head goes on from epoch" in log
+    assert len(pushed_versions(workspace)) == 1
