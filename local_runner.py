@@ -26,6 +26,8 @@ from typing import Any
 # Before TensorFlow is loaded: off by default on CPUs without AVX-512, where it makes the backbone 2.5 times as fast.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+# Transform runs TensorFlow in this process before the Trainer can set it.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 from rich.console import Console
 from rich.markup import escape
@@ -62,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept and reused", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as error:  # the trainer's, whose state is saved
+        print(error, file=sys.stderr)
+        return error.code
     except Exception as error:
         return report_error(error, debug=arguments.debug)
 
@@ -163,7 +168,9 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
         run["reasons"] = [str(error).strip() or type(error).__name__]
         if isinstance(error, DataAnomalyError):
             run["reasons"] = run["data_findings"] = list(error.args)
-        run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else exit_code(error)
+        run["exit_code"] = exit_code(error)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else error.code
         raise
     finally:
         run["components"] = _components(progress)

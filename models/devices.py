@@ -16,6 +16,7 @@ import keras
 import pydantic
 import tensorflow as tf
 
+from data.errors import InputError
 from models import gpu_diagnosis
 
 logger = logging.getLogger("tfx_vision")
@@ -52,6 +53,11 @@ class DeviceConfig(pydantic.BaseModel):
             raise ValueError(
                 f"Expected no GPUs, as devices.accelerator is `cpu`. Received: num_gpus={self.num_gpus}. "
                 "Set devices.num_gpus to 0, or take `auto`."
+            )
+        if self.deterministic and self.xla == "on":
+            raise ValueError(
+                "Expected devices.xla of `auto` or `off` with devices.deterministic, as not all that XLA makes is. "
+                "Received: xla=on, deterministic=true. Set one of them otherwise."
             )
         if self.strategy == "one_device" and self.num_gpus > 1:
             raise ValueError(
@@ -127,7 +133,7 @@ def configure_devices(config: DeviceConfig) -> Devices:
 
     Raises:
       RuntimeError: if the GPUs or devices asked for are not there, or TensorFlow ran before the workers were set up.
-      ValueError: if TF_CONFIG is malformed or gives this process another part than training, or the settings ask for
+      InputError: if TF_CONFIG is malformed or gives this process another part than training, or the settings ask for
         what the devices found cannot do.
     """
     environment = _read_environment()
@@ -182,7 +188,7 @@ def parse_tf_config(text: str | None) -> Cluster:
         blank for one machine.
 
     Raises:
-      ValueError: if it is malformed, or has a task that does not train.
+      InputError: if it is malformed, or has a task that does not train.
     """
     if not (text or "").strip():
         return Cluster()
@@ -190,27 +196,27 @@ def parse_tf_config(text: str | None) -> Cluster:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"Expected TF_CONFIG to be JSON. Received: {text!r}, {error}. {remedy}") from error
+        raise InputError(f"Expected TF_CONFIG to be JSON. Received: {text!r}, {error}. {remedy}") from error
     jobs = value.get("cluster") if isinstance(value, dict) else None
     if not isinstance(jobs, dict) or not any(jobs.values()) or not all(isinstance(hosts, list) for hosts in jobs.values()):
-        raise ValueError(f"Expected TF_CONFIG with a `cluster` of lists of host:port. Received: {text!r}. {remedy}")
+        raise InputError(f"Expected TF_CONFIG with a `cluster` of lists of host:port. Received: {text!r}. {remedy}")
     task = value.get("task")
     job = str(task.get("type", "")) if isinstance(task, dict) else ""
     others = sorted({*jobs, job} - {"chief", "worker", ""})
     if others:
-        raise ValueError(
+        raise InputError(
             f"Expected TF_CONFIG with the tasks `chief` and `worker` only, as all of them train. Received: `{others[0]}` in "
             f"{text!r}. Give the job no {others[0]}; the pipeline evaluates by itself."
         )
     if len(jobs.get("chief", [])) > 1:
-        raise ValueError(f"Expected TF_CONFIG with one chief at most. Received: {text!r}. Make the others workers.")
+        raise InputError(f"Expected TF_CONFIG with one chief at most. Received: {text!r}. Make the others workers.")
     hosts = jobs.get(job, [])
     try:
         index = int(task["index"])
     except (TypeError, KeyError, ValueError):
         index = -1
     if not 0 <= index < len(hosts):
-        raise ValueError(
+        raise InputError(
             f"Expected TF_CONFIG with a `task` whose type is in its cluster and whose index is below the number of its hosts, "
             f"{len(hosts)}. Received: task={task!r} in {text!r}. {remedy}"
         )
@@ -225,10 +231,10 @@ def choose_strategy(setting: str, *, num_workers: int, num_gpus: int) -> Literal
     """Resolves `DeviceConfig.strategy`.
 
     Raises:
-      ValueError: if several workers were asked for and there are none.
+      InputError: if several workers were asked for and there are none.
     """
     if setting == "multi_worker" and num_workers < 2:
-        raise ValueError(
+        raise InputError(
             "Expected TF_CONFIG with two workers or more, as devices.strategy is `multi_worker`. "
             f"Received: {num_workers}. Start the trainer on several machines, or take `auto`."
         )
@@ -265,12 +271,12 @@ def choose_xla(setting: str, *, strategy: str, has_gpu: bool, deterministic: boo
     deterministic. Keras's own `auto` leaves it out in both cases too.
 
     Raises:
-      ValueError: if it is asked for on several devices.
+      InputError: if it is asked for on several devices.
 
     Source: `_resolve_auto_jit_compile`, https://github.com/keras-team/keras/blob/master/keras/src/trainers/trainer.py
     """
     if setting == "on" and strategy != "one_device":
-        raise ValueError(
+        raise InputError(
             f"Expected devices.xla of `auto` or `off` with several devices. Received: xla=on, strategy={strategy}. "
             "Take `auto`, or train on one device."
         )

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -164,19 +164,20 @@ def frozen_function(network: keras.Model) -> Any:
     return compute.get_concrete_function(tf.TensorSpec(network.input_shape, tf.float32))
 
 
-def embeddings_key(statistics: keras.Model, images: list[Images], *, settings: dict[str, Any]) -> str:
+def embeddings_key(weights: Sequence[np.ndarray], images: Sequence[Images], *, settings: dict[str, Any]) -> str:
     """Names the embeddings by all that they depend on.
 
     Args:
-      statistics: the frozen network, whose weights and structure count.
+      weights: of the frozen network.
       images: the splits, whose records count.
-      settings: whatever else they depend on, as JSON: preprocessing, number of components, code.
+      settings: whatever else they depend on, as JSON: the network, preprocessing, code. Not the network's own description, in
+        which Keras numbers the layers anew each time that it builds them.
 
     Returns:
       32 hexadecimal digits.
     """
-    digest = hashlib.sha256(statistics.to_json().encode())
-    for weight in statistics.get_weights():
+    digest = hashlib.sha256()
+    for weight in weights:
         digest.update(np.ascontiguousarray(weight).tobytes())
     digest.update(json.dumps([settings, PROJECTION_SAMPLE, [split.fingerprint for split in images]], sort_keys=True).encode())
     return digest.hexdigest()[:32]
@@ -214,6 +215,10 @@ def embed(
         with np.load(path) as arrays:
             projection = Projection(arrays["kernel"], arrays["bias"])
     else:
+        for images in (train, valid):  # rows of another projection mean something else
+            for rows in _paths(folder, images.split):
+                if os.path.exists(rows):
+                    os.remove(rows)
         if projection is None:
             computed = compute_statistics(statistics, transform, train)
             sample = list(_take_images(computed, PROJECTION_SAMPLE))

@@ -27,7 +27,8 @@ from preprocessing.transform import TransformGraph
 logger = logging.getLogger("tfx_vision")
 
 FINE_TUNING = "fine-tuning"
-_SHUFFLE_BUFFER = 2048  # encoded images; records are in the order of a hash already
+_SHUFFLE_WINDOW = 2048  # encoded images; records are in the order of a hash already
+_LARGE_PRIME = 1_000_003  # keeps the seeds of epochs and windows apart
 _READERS = 8  # files read at once
 _VALID_BATCH_SIZE = 64
 
@@ -70,26 +71,33 @@ class FineTuningConfig(pydantic.BaseModel):
     average_epochs: float = pydantic.Field(1.0, ge=0)
 
 
-class LayerwiseAdamW(keras.optimizers.AdamW):
-    """AdamW with a factor on the learning rate of each variable.
+class LayerwiseAdamW(keras.optimizers.Adam):
+    """AdamW with a learning rate and a decay for each variable; Keras's own decays all of them at the same rate.
 
-    Source: Clark et al., "ELECTRA", https://arxiv.org/abs/2003.10555, for layer-wise decay.
+    Source: Clark et al., "ELECTRA", https://arxiv.org/abs/2003.10555, for layer-wise learning rates; Loshchilov and Hutter,
+    "Decoupled weight decay regularization", https://arxiv.org/abs/1711.05101
     """
 
-    def __init__(self, *args: object, factors: Sequence[float], **kwargs: object):
+    def __init__(self, *args: object, factors: Sequence[float], decays: Sequence[float], **kwargs: object):
         """Makes the optimizer.
 
         Args:
-          *args: of AdamW.
-          factors: one for each variable, in the order of `build`.
-          **kwargs: of AdamW.
+          *args: of Adam.
+          factors: on the learning rate of each variable, in the order of `build`.
+          decays: share of each variable that a step takes away, before the learning rate.
+          **kwargs: of Adam.
         """
         super().__init__(*args, **kwargs)
         self._factors = tuple(factors)
+        self._decays = tuple(decays)
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
         """Updates one variable."""
-        super().update_step(gradient, variable, learning_rate * self._factors[self._get_variable_index(variable)])
+        index = self._get_variable_index(variable)
+        rate = tf.cast(learning_rate, variable.dtype) * self._factors[index]
+        if self._decays[index]:
+            self.assign_sub(variable, variable * rate * self._decays[index])
+        super().update_step(gradient, variable, rate)
 
 
 def fine_tune(
@@ -217,24 +225,23 @@ def make_optimizer(
     backbone_factor = config.backbone_learning_rate / config.learning_rate
     paths = [variable.path for variable in model.trainable_variables]
     span = config.average_epochs * stage.steps_per_epoch
-    optimizer = LayerwiseAdamW(
+    return LayerwiseAdamW(
         schedule,
         factors=[backbone_factor * config.layer_decay ** depths[path] if path in depths else 1.0 for path in paths],
-        weight_decay=config.weight_decay,
+        decays=[config.weight_decay if path.endswith("kernel") else 0.0 for path in paths],
         # Keras clips each replica's gradients before it adds them up.
         global_clipnorm=config.gradient_clip_norm / num_replicas or None,
         use_ema=span > 0,
         ema_momentum=span / (1 + span) if span else 0.99,
     )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageBatches:
     """Makes the input pipelines of images: read, shuffled, decoded, augmented and mixed in parallel.
 
-    Every random choice is a function of the seed, the epoch and the image's place in it, whatever thread makes it.
+    Every random choice is a function of the seed, the epoch and the image's place in it, whatever thread makes it; only which
+    batch comes first is left to the threads, where `is_deterministic` is False.
 
     Attributes:
       transform: the Transform graph.
@@ -259,15 +266,19 @@ class ImageBatches:
         images_per_epoch = stage.steps_per_epoch * stage.global_batch_size
 
         def read_epoch(number: tf.Tensor) -> tf.data.Dataset:
-            seed = number + self.seed * 1_000_003
-            files = tf.data.Dataset.from_tensor_slices(list(self.train.files))
-            records = files.shuffle(len(self.train.files), seed=seed, reshuffle_each_iteration=False).interleave(
+            # Stateless, in windows: `Dataset.shuffle` would also depend on the global seed, which others may set.
+            seed = tf.stack([tf.constant(self.seed, tf.int64), number])
+            files = tf.random.experimental.stateless_shuffle(tf.constant(self.train.files), seed)
+            records = tf.data.Dataset.from_tensor_slices(files).interleave(
                 lambda file: tf.data.TFRecordDataset(file, "GZIP"),
                 cycle_length=min(_READERS, len(self.train.files)),
                 num_parallel_calls=tf.data.AUTOTUNE,
                 deterministic=True,
             )
-            records = records.shuffle(_SHUFFLE_BUFFER, seed=seed, reshuffle_each_iteration=False)
+            windows = records.batch(_SHUFFLE_WINDOW).enumerate()
+            records = windows.map(
+                lambda index, window: tf.random.experimental.stateless_shuffle(window, seed + index * _LARGE_PRIME)
+            ).unbatch()
             # The last batch is filled up with images of the start, so that no image is left out.
             return records.repeat().take(images_per_epoch).enumerate(number * images_per_epoch)
 

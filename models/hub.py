@@ -8,6 +8,7 @@ Source: https://www.tensorflow.org/hub/common_signatures/images#image_feature_ve
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from data.errors import InputError
 DEFAULT_IMAGE_SIZE = 224
 _NUM_CHANNELS = 3
 _SERVING_DEFAULT = "serving_default"
+_CHUNK_BYTES = 2**20
 
 
 class SavedModelFeatures(keras.layers.Layer):
@@ -61,14 +63,7 @@ def load_saved_model(handle: str) -> tuple[tf.Module, int | None]:
     Raises:
       InputError: if it can't be downloaded, doesn't exist, or is no TensorFlow 2 SavedModel of images.
     """
-    path = str(Path(handle).expanduser()) if handle.startswith("~") else handle
-    try:
-        folder = tensorflow_hub.resolve(path)
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        raise InputError(
-            f"Expected a SavedModel at {handle}. Received: {_one_line(error)}. Check the address; where there is no network, "
-            "download it elsewhere and give its folder."
-        ) from error
+    folder = _resolve(handle)
     try:
         loaded = tf.saved_model.load(folder)
     except (OSError, ValueError, tf.errors.OpError) as error:
@@ -131,17 +126,34 @@ def hub_network(
     return network
 
 
-def refuse_weights_file(handle: str, _network: keras.Model, weights_file: str = "") -> None:
-    """Leaves the network as it is, as a SavedModel brings its weights.
+def fingerprint(handle: str) -> str:
+    """Returns the hexadecimal SHA-256 of a SavedModel's files, by their names and contents; downloads it where need be.
 
     Raises:
-      InputError: if there is a file of other weights.
+      InputError: if it can't be downloaded, or doesn't exist.
     """
-    if weights_file:
+    folder = _resolve(handle).rstrip("/")
+    paths = [f"{parent.rstrip('/')}/{name}" for parent, _, names in tf.io.gfile.walk(folder) for name in names]
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        content = hashlib.sha256()
+        with tf.io.gfile.GFile(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                content.update(chunk)
+        digest.update(f"{path.removeprefix(folder)} {content.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _resolve(handle: str) -> str:
+    """Returns the local or gs:// folder of a SavedModel, downloaded where need be."""
+    path = str(Path(handle).expanduser()) if handle.startswith("~") else handle
+    try:
+        return tensorflow_hub.resolve(path)
+    except (OSError, ValueError, tf.errors.OpError) as error:
         raise InputError(
-            f"Expected no file of weights for {handle}, a SavedModel that brings its own. Received: "
-            f"weights_file={weights_file!r}. Leave model.weights_file empty."
-        )
+            f"Expected a SavedModel at {handle}. Received: {_one_line(error)}. Check the address; where there is no network, "
+            "download it elsewhere and give its folder."
+        ) from error
 
 
 def _features_function(loaded: tf.Module, handle: str) -> Callable[[tf.Tensor], Any]:

@@ -49,6 +49,10 @@ class Preempted(SystemExit):
         return "stopped by SIGTERM; a rerun goes on from here"
 
 
+class DivergedError(ValueError):
+    """The loss is no number any more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What the loop must know of a stage of training.
@@ -161,7 +165,7 @@ class Loop:
           Per epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`, `learning_rate`, `images_per_second`.
 
         Raises:
-          ValueError: if the loss is no number.
+          DivergedError: if the loss is no number.
           Preempted: after SIGTERM; the state is saved.
         """
         position = self._position
@@ -172,9 +176,12 @@ class Loop:
             batches = iter(self._strategy.distribute_datasets_from_function(train(position.epoch, position.step)))
             writer = _summary_writer(self._log_folder, is_chief=self._devices.is_chief)
             with _sigterm() as is_preempted, writer.as_default():
+                images_per_epoch = self._stage.steps_per_epoch * self._stage.global_batch_size
+                done = position.epoch * images_per_epoch + position.step * self._stage.global_batch_size
+                progress = Progress(self._stage.name, total=self._stage.epochs * images_per_epoch, done=done)
                 while not position.is_finished:
-                    rate = self._train_epoch(batches, is_preempted)
-                    self._end_epoch(rate, valid_data)
+                    self._train_epoch(batches, progress, is_preempted)
+                    self._end_epoch(progress.images_per_second, valid_data)
         for variable, best in zip(self._trained(), self._best, strict=True):
             variable.assign(best)
         return position.history
@@ -219,37 +226,33 @@ class Loop:
         self._train_step = over_replicas(train_replica)
         self._validate_step = over_replicas(validate_replica)
 
-    def _train_epoch(self, batches: Iterator[Any], is_preempted: Callable[[], bool]) -> float:
-        """Trains to the end of the epoch; returns images/s."""
+    def _train_epoch(self, batches: Iterator[Any], progress: Progress, is_preempted: Callable[[], bool]) -> None:
+        """Trains to the end of the epoch."""
         position, stage = self._position, self._stage
-        name = f"{stage.name} {position.epoch + 1}/{stage.epochs}"
-        first = position.epoch * stage.steps_per_epoch + position.step
-        progress = Progress(
-            name, total=stage.epochs * stage.steps_per_epoch * stage.global_batch_size, done=first * stage.global_batch_size
-        )
         sums = tf.constant(position.sums)
         while position.step < stage.steps_per_epoch:
             sums = sums + self._train_step(next(batches))
             position.step += 1
             if progress.advance(stage.global_batch_size, note=self._latest()):
                 self._require_number(float(sums[0]))
-            if is_preempted():
+            # Of several workers the chief alone can save; without it, the others end at their next step.
+            if self._devices.is_chief and is_preempted():
                 position.sums = sums.numpy().tolist()
                 self._save()
                 logger.info("SIGTERM: %s is saved at epoch %d, step %d", stage.name, position.epoch + 1, position.step)
                 raise Preempted
         position.sums = sums.numpy().tolist()
         self._require_number(position.sums[0])
-        return progress.images_per_second
 
     def _latest(self) -> str:
         history = self._position.history
-        return f"val accuracy {history['val_accuracy'][-1]:.3f}" if history else ""
+        accuracy = f" · val accuracy {history['val_accuracy'][-1]:.3f}" if history else ""
+        return f"epoch {self._position.epoch + 1} of {self._stage.epochs}{accuracy}"
 
     def _require_number(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise ValueError(
-                f"Expected a finite loss. Received: NaN in epoch {self._position.epoch + 1} of {self._stage.name}. "
+            raise DivergedError(
+                f"Expected a finite loss. Received: {loss} in epoch {self._position.epoch + 1} of {self._stage.name}. "
                 f"{self._stage.advice}"
             )
 
@@ -260,6 +263,7 @@ class Loop:
         if self._has_average:
             self._optimizer.finalize_variable_values(self._model.trainable_variables)
         values = _means(position.sums) | {f"val_{name}": value for name, value in self._validate(valid_data).items()}
+        self._require_number(values["val_loss"])
         values["learning_rate"] = float(self._optimizer.learning_rate)
         values["images_per_second"] = images_per_second
         for name, value in values.items():
@@ -322,6 +326,16 @@ def remove_checkpoints(folder: str) -> None:
     """Removes a folder of checkpoints, if it is there."""
     if tf.io.gfile.exists(folder):
         tf.io.gfile.rmtree(folder)
+
+
+def keep_checkpoints(folder: str) -> None:
+    """Puts checkpoints aside, where the next execution finds them: TFX removes the folders of one that fails."""
+    run_folder, name = os.path.split(folder)
+    if tf.io.gfile.exists(folder):
+        aside = f"{run_folder.rstrip('/')}-failed"
+        remove_checkpoints(os.path.join(aside, name))
+        tf.io.gfile.makedirs(aside)
+        tf.io.gfile.rename(folder, os.path.join(aside, name))
 
 
 def adopt_checkpoints(folder: str, *, fingerprint: str) -> None:

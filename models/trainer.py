@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from data.features import LABELS_FILE, TRAIN_SPLIT, VALID_SPLIT
 from data.fingerprint import code_fingerprint
+from models.backbones import weights_fingerprint
 from models.classifier import pool_statistics
 from models.curves import save_curves
 from models.devices import DeviceConfig, Devices, configure_devices
@@ -25,10 +26,10 @@ from models.embeddings import EmbeddingsFolder, Images, embed, embeddings_key, f
 from models.fine_tuning import FineTuningConfig, fine_tune
 from models.folding import fold_batch_norm
 from models.head import TrainingConfig, train_head
-from models.loop import CHECKPOINTS, adopt_checkpoints, remove_checkpoints
+from models.loop import CHECKPOINTS, adopt_checkpoints, keep_checkpoints, remove_checkpoints
 from models.network_table import describe_network
 from models.signatures import ImageClassifier, export
-from models.tflite import ExportConfig, compare_tflite, export_tflite
+from models.tflite import NUM_CALIBRATION_IMAGES, ExportConfig, compare_tflite, export_tflite
 from models.trained import (
     EXTRA_FOLDER,
     NetworkSpec,
@@ -47,7 +48,6 @@ HISTORY_FILE = "history.json"
 CURVES_FILE = "curves.png"
 TFLITE_FOLDER = "tflite"  # in `assets.extra`
 TFLITE_FILE = "tflite.json"  # what the TFLite models lose
-_CALIBRATION_IMAGES = 128
 _HEAD_FILE = "head.npz"  # the classifier after stage one
 
 
@@ -92,9 +92,15 @@ def run_fn(fn_args: Any) -> None:
     transform = TransformGraph(fn_args.transform_graph_path)
     train = find_images(fn_args.train_files, split=TRAIN_SPLIT)
     valid = find_images(fn_args.eval_files, split=VALID_SPLIT)
-    classifier = train_classifier(
-        config, devices, transform, train, valid, folder=fn_args.model_run_dir, base_model=fn_args.base_model
-    )
+    try:
+        classifier = train_classifier(
+            config, devices, transform, train, valid, folder=fn_args.model_run_dir, base_model=fn_args.base_model
+        )
+    except Exception:
+        if devices.is_chief:
+            keep_checkpoints(os.path.join(fn_args.model_run_dir, CHECKPOINTS))
+        raise
+    devices.wait_for_all()  # until they have all read what the chief removes at its end
     if not devices.is_chief:
         devices.wait_for_all()  # Vertex ends the job where the first worker ends
         return
@@ -183,13 +189,15 @@ def _train_first_stage(
     settings = {
         "input": config.input.model_dump(mode="json"),
         "class_names": config.class_names,  # whose places are the labels
-        "num_components": config.model.num_components,
+        "model": config.model.model_dump(mode="json", exclude={"hidden_units", "dropout"}),
+        "weights": weights_fingerprint(config.model.backbone, config.model.weights_file),
         "projection": hashlib.sha256(base.projection.kernel.tobytes()).hexdigest() if base else "",
         "precision": devices.precision,
-        "code": code_fingerprint("models.embeddings"),
+        "code": code_fingerprint("models.embeddings", distributions=("tensorflow", "keras")),
     }
-    key = embeddings_key(statistics, [train, valid], settings=settings)
-    adopt_checkpoints(os.path.join(folder, CHECKPOINTS), fingerprint=_fingerprint(config, key, base))
+    key = embeddings_key(statistics.get_weights(), [train, valid], settings=settings)
+    fingerprint = _fingerprint(config, key, base, num_replicas=devices.num_replicas)
+    adopt_checkpoints(os.path.join(folder, CHECKPOINTS), fingerprint=fingerprint)
     if tf.io.gfile.exists(head_file):
         logger.info("the head is trained already")
         return
@@ -211,10 +219,10 @@ def _train_first_stage(
     ).write(head_file)
 
 
-def _fingerprint(config: TrainerConfig, embeddings: str, base: TrainedClassifier | None) -> str:
-    """Names the work of a run, for whoever would go on with it."""
+def _fingerprint(config: TrainerConfig, embeddings: str, base: TrainedClassifier | None, *, num_replicas: int) -> str:
+    """Names the work of a run, for whoever would go on with it; with other replicas a step is another one."""
     settings = config.model_dump(mode="json", exclude={"cache_dir", "export", "devices"})
-    digest = hashlib.sha256(json.dumps([settings, embeddings], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([settings, embeddings, num_replicas], sort_keys=True).encode())
     for weight in base.head if base else ():
         digest.update(weight.tobytes())
     return digest.hexdigest()
@@ -243,7 +251,7 @@ def _export(
         folder = os.path.join(extra, TFLITE_FOLDER)
         # The first images are a fair sample, as records are in the order of a hash.
         images = (image for images, _ in read_images(transform, train) for image in images.numpy())
-        calibration_images = itertools.islice(images, _CALIBRATION_IMAGES)
+        calibration_images = itertools.islice(images, NUM_CALIBRATION_IMAGES)
         paths = export_tflite(
             network, folder, kinds=kinds, calibration_images=calibration_images, class_names=config.class_names
         )

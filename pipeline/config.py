@@ -93,10 +93,25 @@ class Config(pydantic.BaseModel):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _fit_the_stride(self) -> "Config":
+        size = self.preprocessing.image_size
+        backbone = BACKBONES.get(self.model.backbone)  # a Hub model says what it takes once it is loaded
+        if size and backbone and size % 32 and size != backbone.image_size:
+            lower = size // 32 * 32
+            raise ValueError(
+                "Expected `image_size` to be a multiple of 32, the backbone's stride. "
+                f"Received: image_size={size}. Use {lower} or {lower + 32}."
+            )
+        return self
+
     @property
     def input_spec(self) -> InputSpec:
-        """What the network's images are like: as its backbone was trained, where `preprocessing` does not say otherwise."""
-        return self.preprocessing.resolve(self.model.input_spec)
+        """What the network's images are like: as its backbone was trained, where `preprocessing` does not say otherwise.
+
+        A Hub model is loaded to find out, unless `preprocessing` says both.
+        """
+        return self.preprocessing.resolve(lambda: self.model.input_spec)
 
     @property
     def pipeline_name(self) -> str:

@@ -46,6 +46,8 @@ from data.features import (
 )
 from data.fingerprint import code_fingerprint
 from data.prepare import DataConfig, read_class_names
+from models.backbones import weights_fingerprint
+from models.classifier import ModelConfig
 from models.trainer import CONFIG_KEY, TrainerConfig
 from models.tuner import TUNER_CONFIG_KEY
 from pipeline.components import DataGate, LatestBlessedStatisticsStrategy, LatestOtherBlessedModelStrategy
@@ -187,7 +189,7 @@ def create_pipeline(
         "eval_args": trainer_pb2.EvalArgs(splits=[VALID_SPLIT]),
     }
     trainer_config = _trainer_config(config, records, cache_dir)
-    tuner = _tuner(config, trainer_config, trainer_inputs) if config.tuner.trials else None
+    tuner = _tuner(config, trainer_config, trainer_inputs, on_vertex) if config.tuner.trials else None
 
     # The model to start from, where that is not the one of ImageNet.
     warm_start = _warm_start_resolver() if config.training.warm_start else None
@@ -254,12 +256,24 @@ def _baseline_statistics_resolver(statistics_gen: BaseComponent, records: Record
     return resolver.with_id("LatestBlessedStatistics")
 
 
-def _tuner(config: Config, trainer_config: dict, inputs: dict) -> BaseComponent:
+def _tuner(config: Config, trainer_config: dict, inputs: dict, on_vertex: bool) -> BaseComponent:
+    code = f"{trainer_config['code']}-{code_fingerprint('models.tuner', distributions=_CODE_PACKAGES)}"
     custom_config = {
-        CONFIG_KEY: trainer_config | {"code": code_fingerprint("models.tuner", distributions=_CODE_PACKAGES)},
+        CONFIG_KEY: trainer_config | {"code": code},
         TUNER_CONFIG_KEY: config.tuner.model_dump(mode="json"),
     }
-    return Tuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
+    if not on_vertex:
+        return Tuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
+    from tfx.extensions.google_cloud_ai_platform import constants
+    from tfx.extensions.google_cloud_ai_platform.tuner import executor
+    from tfx.extensions.google_cloud_ai_platform.tuner.component import Tuner as VertexTuner
+
+    custom_config |= {
+        constants.ENABLE_VERTEX_KEY: True,
+        constants.VERTEX_REGION_KEY: config.vertex.region,
+        executor.TUNING_ARGS_KEY: training_job(config.vertex),
+    }
+    return VertexTuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
 
 
 def _warm_start_resolver() -> Resolver:
@@ -290,9 +304,17 @@ def _trainer_config(config: Config, records: Records, cache_dir: str) -> dict:
         devices=config.devices,
         export=config.export,
         cache_dir=cache_dir,
-        code=code_fingerprint("models.trainer", distributions=_CODE_PACKAGES),
+        code=code_fingerprint("models.trainer", distributions=_CODE_PACKAGES) + _weights_fingerprint(config.model),
     )
     return trainer_config.model_dump(mode="json")
+
+
+def _weights_fingerprint(config: ModelConfig) -> str:
+    """Changes with weights of the user's that lie on this machine; those elsewhere count by their name alone."""
+    local = config.weights_file or os.path.expanduser(config.backbone)
+    if not os.path.exists(local):
+        return ""
+    return f"-{weights_fingerprint(config.backbone, config.weights_file)[:16]}"
 
 
 def _vertex_training(config: Config, on_vertex: bool) -> dict:

@@ -1,5 +1,6 @@
 """The one definition of decode and resize, shared by training, evaluation, serving and explanations. Pure TensorFlow."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import pydantic
@@ -27,8 +28,8 @@ class PreprocessingConfig(pydantic.BaseModel):
     """How an encoded image becomes the network's input, where that is not as the backbone was trained.
 
     Attributes:
-      image_size: side of the square input in pixels, a multiple of the backbone's stride of 32; the backbone's own where left
-        out.
+      image_size: side of the square input in pixels: a multiple of the backbone's stride of 32, or the backbone's own, which
+        it is where left out.
       interpolation: with which images are resized; the backbone's own where left out.
     """
 
@@ -37,22 +38,16 @@ class PreprocessingConfig(pydantic.BaseModel):
     image_size: int | None = pydantic.Field(None, ge=32, le=1024)
     interpolation: Interpolation | None = None
 
-    @pydantic.field_validator("image_size")
-    @classmethod
-    def _fit_the_stride(cls, image_size: int | None) -> int | None:
-        if image_size is not None and image_size % 32:
-            lower = image_size // 32 * 32
-            raise ValueError(
-                "Expected `image_size` to be a multiple of 32, the backbone's stride. "
-                f"Received: image_size={image_size}. Use {lower} or {lower + 32}."
-            )
-        return image_size
+    def resolve(self, backbone: Callable[[], InputSpec]) -> InputSpec:
+        """Fills in what was left out.
 
-    def resolve(self, backbone: InputSpec) -> InputSpec:
-        """Fills in what was left out from what the backbone was trained with."""
-        return InputSpec(
-            image_size=self.image_size or backbone.image_size, interpolation=self.interpolation or backbone.interpolation
-        )
+        Args:
+          backbone: gives what the backbone was trained with; only called where something is left out, as it may load a model.
+        """
+        given = self.model_dump(exclude_none=True)
+        if len(given) < len(InputSpec.model_fields):
+            given = backbone().model_dump() | given
+        return InputSpec(**given)
 
 
 def decode_image(encoded: tf.Tensor, *, image_size: int, interpolation: Interpolation = "bicubic") -> tf.Tensor:

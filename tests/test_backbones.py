@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
-from models.backbones import BACKBONES, find_backbone
+from models.backbones import BACKBONES, check_name, find_backbone, weights_fingerprint
 from models.classifier import ModelConfig
 
 IMAGE_SIZE = 64
@@ -114,9 +114,10 @@ def test_find_backbone_finds_each_by_its_name(name):
         ("", "efficientnet"),
     ],
 )
-def test_find_backbone_of_another_name_says_what_there_is(name, nearest):
+@pytest.mark.parametrize("find", [check_name, find_backbone])
+def test_find_backbone_of_another_name_says_what_there_is(find, name, nearest):
     with pytest.raises(InputError) as raised:
-        find_backbone(name)
+        find(name)
 
     message = str(raised.value)
     assert "\n" not in message
@@ -125,3 +126,18 @@ def test_find_backbone_of_another_name_says_what_there_is(name, nearest):
     assert "handle of a TensorFlow Hub model" in message
     assert "path of a SavedModel" in message
     assert f"Received: model.backbone={name!r}. Did you mean {nearest}" in message
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "https://tfhub.dev/x", "gs://bucket/x", "/x", "./x", "../x", "~/x"])
+def test_check_name_takes_names_and_whatever_looks_like_a_handle_or_a_path(name):
+    check_name(name)
+
+
+def test_weights_fingerprint_is_that_of_the_file(tmp_path):
+    path = tmp_path / "weights.h5"
+    path.write_bytes(b"abc")
+
+    assert weights_fingerprint("efficientnet_b0", "") == ""
+    # https://csrc.nist.gov/csrc/media/projects/cryptographic-standards-and-guidelines/documents/examples/sha256.pdf
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert weights_fingerprint("efficientnet_b0", str(path)) == expected

@@ -2,9 +2,12 @@ from pathlib import Path
 
 import pydantic
 import pytest
+import tensorflow_hub
 
 from data.errors import InputError
+from models.backbones import BACKBONES
 from pipeline.config import PRESETS, Config, load_config
+from preprocessing.images import InputSpec
 
 
 def _load(*, toml: str | None = None, overrides=(), environment=None, folder: Path | None = None) -> Config:
@@ -196,6 +199,68 @@ def test_load_config_says_where_an_unknown_setting_is(tmp_path):
 )
 def test_load_config_explains_a_wrong_value_in_one_line(override, message):
     assert _error(overrides=[override]).startswith(message)
+
+
+@pytest.mark.parametrize("image_size", [225, 240])  # the latter is another backbone's own
+def test_config_refuses_a_size_that_is_no_multiple_of_the_stride(image_size):
+    error = _error(overrides=[f"preprocessing.image_size={image_size}"])
+
+    assert error == (
+        "Expected `image_size` to be a multiple of 32, the backbone's stride. "
+        f"Received: image_size={image_size}. Use 224 or 256."
+    )
+
+
+@pytest.mark.parametrize("image_size", [32, 224, 1024])
+def test_config_takes_multiples_of_the_stride(image_size):
+    assert _load(overrides=[f"preprocessing.image_size={image_size}"]).input_spec.image_size == image_size
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_config_takes_the_backbone_s_own_size(name):
+    default = _load(overrides=[f"model.backbone={name}"])
+    size = default.input_spec.image_size
+
+    assert _load(overrides=[f"model.backbone={name}", f"preprocessing.image_size={size}"]).input_spec == default.input_spec
+
+
+HUB = "model.backbone=https://tfhub.dev/google/imagenet/inception_v3/feature_vector/5"
+
+
+def test_config_of_a_hub_model_that_says_all_of_the_input_loads_nothing(monkeypatch):
+    def fail(handle):
+        raise AssertionError(handle)
+
+    monkeypatch.setattr(tensorflow_hub, "resolve", fail)
+    config = _load(overrides=[HUB, "preprocessing.image_size=299", "preprocessing.interpolation=bilinear"])
+
+    assert config.input_spec == InputSpec(image_size=299, interpolation="bilinear")
+    with pytest.raises(AssertionError, match="inception_v3"):
+        _ = _load(overrides=[HUB, "preprocessing.image_size=299"]).input_spec
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.weights=random", "model.weights_file=a.h5"],
+            "Expected no `model.weights_file` with random weights. Received: model.weights_file='a.h5'. "
+            'Leave it empty, or set model.weights to "imagenet".',
+        ),
+        (
+            [HUB, "model.weights_file=a.h5"],
+            "Expected no `model.weights_file` with a model of TensorFlow Hub, which brings its own. "
+            "Received: model.weights_file='a.h5'. Leave it empty, or take a backbone by name.",
+        ),
+        (
+            [HUB, "model.weights=random"],
+            "Expected `model.weights` of imagenet with a model of TensorFlow Hub, which brings its own weights. "
+            "Received: model.weights='random'. Leave it out, or take a backbone by name.",
+        ),
+    ],
+)
+def test_config_refuses_settings_of_weights_that_would_do_nothing(overrides, message):
+    assert _error(overrides=overrides) == message
 
 
 def test_load_config_explains_a_missing_file(tmp_path):

@@ -185,21 +185,49 @@ def test_embed_takes_a_projection_that_is_given(tmp_path, statistics, transform,
     assert train.features.shape == (40, 3)
 
 
-def test_embeddings_key_changes_with_weights_images_and_settings(statistics, records):
+def test_embed_takes_no_rows_of_another_projection(tmp_path, statistics, transform, records, embedded_images):
+    images = find_images(records, split="train")
+    arguments = (statistics, transform, images, images_of(images, "valid"))
+    _, *whole = embed(*arguments, num_components=4, folder=str(tmp_path))
+    whole = [np.array(found.features) for found in whole]
+    # As an upload that was cut off leaves a cache.
+    os.remove(tmp_path / "projection.npz")
+    np.full(40 * 4, 7.0, np.float32).tofile(tmp_path / "train.features")
+    del embedded_images[:]
+
+    _, *found = embed(*arguments, num_components=4, folder=str(tmp_path))
+
+    assert len(embedded_images) == 80
+    for embeddings, features in zip(found, whole, strict=True):
+        np.testing.assert_allclose(embeddings.features, features, atol=1e-3)
+
+
+def test_embeddings_key_changes_with_weights_images_and_settings(records):
     images = find_images(records, split="train")
     other_images = module.dataclasses.replace(images, fingerprint="0")
-    keras.utils.set_random_seed(1)
-    other_weights = build_statistics(ModelConfig(weights="random", num_feature_maps=1), image_size=TRANSFORM_IMAGE_SIZE)
+    weights = [np.zeros(3), np.ones(2)]
 
     keys = [
-        embeddings_key(statistics, [images, images], settings={"input": 1}),
-        embeddings_key(statistics, [images, other_images], settings={"input": 1}),
-        embeddings_key(other_weights, [images, images], settings={"input": 1}),
-        embeddings_key(statistics, [images, images], settings={"input": 2}),
+        embeddings_key(weights, [images, images], settings={"input": 1}),
+        embeddings_key(weights, [images, other_images], settings={"input": 1}),
+        embeddings_key([np.zeros(3), np.zeros(2)], [images, images], settings={"input": 1}),
+        embeddings_key(weights, [images, images], settings={"input": 2}),
     ]
 
     assert len(set(keys)) == 4
-    assert embeddings_key(statistics, [images, images], settings={"input": 1}) == keys[0]
+    assert embeddings_key(weights, [images, images], settings={"input": 1}) == keys[0]
+
+
+def test_embeddings_key_is_the_same_for_a_network_built_twice(records):
+    # Keras numbers layers without a name of their own anew each time.
+    images = find_images(records, split="train")
+    config = ModelConfig(backbone="efficientnet_b0", weights="random", num_feature_maps=1, covariance=False)
+    keys = []
+    for _ in range(2):
+        keras.utils.set_random_seed(0)
+        keys.append(embeddings_key(build_statistics(config, image_size=32).get_weights(), [images], settings={}))
+
+    assert keys[0] == keys[1]
 
 
 def test_embeddings_folder_outlives_the_run_in_a_cache(tmp_path):

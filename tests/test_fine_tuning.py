@@ -132,9 +132,22 @@ def test_make_optimizer_averages_over_epochs(average_epochs, momentum):
     assert (optimizer.ema_momentum if optimizer.use_ema else None) == (momentum and pytest.approx(momentum))
 
 
+def test_layerwise_adamw_decays_at_the_rate_of_each_variable():
+    optimizer = LayerwiseAdamW(0.1, factors=[1.0, 0.5], decays=[0.2, 0.2])
+    variables = [keras.Variable([1.0]), keras.Variable([1.0])]
+    optimizer.build(variables)
+
+    optimizer.apply([tf.zeros(1), tf.zeros(1)], variables)
+
+    np.testing.assert_allclose([float(variable.numpy()[0]) for variable in variables], [0.98, 0.99], rtol=1e-6)
+
+
 def test_layerwise_adamw_is_adamw_where_all_factors_are_one():
     results = []
-    for optimizer in (keras.optimizers.AdamW(0.1), LayerwiseAdamW(0.1, factors=[1.0, 1.0])):
+    for optimizer in (
+        keras.optimizers.AdamW(0.1, weight_decay=0.1),
+        LayerwiseAdamW(0.1, factors=[1.0, 1.0], decays=[0.1, 0.1]),
+    ):
         variables = [keras.Variable([1.0, 2.0]), keras.Variable([3.0])]
         optimizer.build(variables)
         for _ in range(3):

@@ -1,11 +1,18 @@
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_hub
+from conftest import CLASS_NAMES, trainer_config
 
 from data.errors import InputError
-from models.backbones import Backbone, find_backbone
+from models.backbones import Backbone, find_backbone, weights_fingerprint
+from models.classifier import ModelConfig
 from models.folding import fold_batch_norm
+from models.trainer import run_fn
 
 NUM_FEATURES = 5
 
@@ -230,5 +237,47 @@ def test_hub_refuses_what_a_frozen_model_cannot_do(tmp_path):
 
     with pytest.raises(InputError, match=r"Expected no stochastic depth .*Received: stochastic_depth=0\.2"):
         backbone.build(image_size=32, stochastic_depth=0.2)
-    with pytest.raises(InputError, match=r"Expected no file of weights .*Received: weights_file='other\.h5'"):
-        backbone.load_imagenet(backbone.build(image_size=32), "other.h5")
+
+
+def test_weights_fingerprint_changes_with_a_name_or_a_content_and_not_with_the_folder(tmp_path):
+    path = _save_callable(tmp_path / "model")
+    variables = Path(path, "variables", "variables.data-00000-of-00001")
+    before = weights_fingerprint(path, "")
+
+    shutil.copytree(path, tmp_path / "copy")
+    assert weights_fingerprint(f"{tmp_path}/copy/", "") == before
+    variables.write_bytes(variables.read_bytes()[:-1] + b"!")
+    after = weights_fingerprint(path, "")
+    variables.rename(variables.with_name("other"))
+
+    assert len({before, after, weights_fingerprint(path, "")}) == 3
+
+
+def test_hub_is_not_loaded_when_a_configuration_is_read():
+    assert ModelConfig(backbone="/missing").backbone == "/missing"
+
+
+def test_run_fn_trains_a_head_on_a_hub_model_and_exports_it(tmp_path, shape_records, transform_graph, encode):
+    path = _save_callable(tmp_path / "hub")
+    config = trainer_config(model={"backbone": path, "weights": "imagenet"}, fine_tuning={"epochs": 0})
+    arguments = SimpleNamespace(
+        custom_config={"trainer": config.model_dump(mode="json")},
+        hyperparameters=None,
+        transform_graph_path=transform_graph,
+        train_files=[shape_records["train"]],
+        eval_files=[shape_records["valid"]],
+        model_run_dir=str(tmp_path / "model_run"),
+        serving_model_dir=str(tmp_path / "served"),
+        base_model=None,
+    )
+
+    run_fn(arguments)
+
+    shutil.rmtree(path)
+    serve = tf.saved_model.load(arguments.serving_model_dir).signatures["serving_default"]
+    images = [encode(np.full((8, 8, 3), value, np.uint8)) for value in (0, 255)]
+    (name,) = serve.structured_input_signature[1]
+    probabilities = serve(**{name: tf.constant(images)})["probabilities"].numpy()
+    assert probabilities.shape == (2, len(CLASS_NAMES))
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert not np.allclose(*probabilities)

@@ -10,6 +10,7 @@ from conftest import ROOT
 FOLDERS = ("data", "preprocessing", "models", "pipeline")
 RUNNERS = ("local_runner.py", "kubeflow_runner.py")
 NETWORKS = (
+    "models/network_table.py",
     "models/efficientnet_lite.py",
     "models/keras_efficientnet.py",
     "models/folding.py",

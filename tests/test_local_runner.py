@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -416,17 +417,24 @@ def test_fine_tuning_a_search_and_a_warm_start_run_through(images: Path, tmp_pat
     assert again["pushed_model"] != result["pushed_model"]
 
 
-def test_run_that_was_killed_in_the_trainer_goes_on_there(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_run_that_was_stopped_in_the_trainer_goes_on_there(
+    images: Path, tmp_path: Path, sign: signal.Signals, code: int
+) -> None:
     workspace = tmp_path / "run"
     command = [sys.executable, "local_runner.py", *SMOKE, "--data", str(images), "--workspace", str(workspace)]
     command += ["--set", "training.epochs=300", "--set", "training.patience=300"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     checkpoints = workspace / "pipeline" / "Trainer" / "model_run"
     while not list(checkpoints.glob("*/checkpoints/head/ckpt-*.index")):
         assert process.poll() is None
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    process.send_signal(sign)
+    _, said = process.communicate()
+    assert process.returncode == code
+    if sign == signal.SIGTERM:
+        assert said == "stopped by SIGTERM; a rerun goes on from here\n"
+        assert json.loads((workspace / "run.json").read_text())["exit_code"] == code
     assert pushed_versions(workspace) == []
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

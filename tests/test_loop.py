@@ -9,7 +9,16 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.devices import Devices
-from models.loop import EXIT_PREEMPTED, Loop, Preempted, Stage, adopt_checkpoints, remove_checkpoints
+from models.loop import (
+    EXIT_PREEMPTED,
+    DivergedError,
+    Loop,
+    Preempted,
+    Stage,
+    adopt_checkpoints,
+    keep_checkpoints,
+    remove_checkpoints,
+)
 
 NUM_IMAGES, BATCH_SIZE, EPOCHS = 40, 8, 4
 STEPS = NUM_IMAGES // BATCH_SIZE
@@ -255,9 +264,17 @@ def test_loop_validates_the_moving_average(make_loop):
 
 
 def test_loop_stops_at_a_loss_that_is_no_number(make_loop):
-    message = r"^Expected a finite loss. Received: NaN in epoch \d of stage. Rest.$"
+    message = r"^Expected a finite loss. Received: (nan|inf) in epoch \d of stage. Rest.$"
     with pytest.raises(ValueError, match=message):
         make_loop(learning_rate=1e38).run(_train, _valid)
+
+
+def test_loop_stops_where_validation_is_no_number(make_loop):
+    features, targets, weights = _data(1)
+    broken = np.full_like(targets, np.nan)
+
+    with pytest.raises(DivergedError, match=r"^Expected a finite loss. Received: nan in epoch 1 of stage. Rest.$"):
+        make_loop().run(_train, lambda context: tf.data.Dataset.from_tensor_slices((features, broken, weights)).batch(16))
 
 
 def test_loop_smooths_the_labels(make_loop):
@@ -318,6 +335,18 @@ def test_adopt_checkpoints_starts_anew_where_there_are_none(tmp_path):
 
     assert [path.name for path in folder.iterdir()] == ["fingerprint"]
     assert (folder / "fingerprint").read_text() == "this"
+
+
+def test_keep_checkpoints_puts_them_where_the_next_execution_looks(tmp_path):
+    folder = tmp_path / "7" / "checkpoints"
+    for content in ("first", "second"):  # a run can fail twice
+        _leave_checkpoints(folder, "same", content)
+        keep_checkpoints(str(folder))
+    (tmp_path / "7").rmdir()  # as TFX does with the outputs of what has failed
+
+    adopt_checkpoints(str(tmp_path / "8" / "checkpoints"), fingerprint="same")
+
+    assert (tmp_path / "8" / "checkpoints" / "state").read_text() == "second"
 
 
 def test_remove_checkpoints_takes_what_is_there(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +16,12 @@ import tensorflow as tf
 from conftest import CLASS_NAMES, ROOT, trainer_config
 from PIL import Image
 
+from models import trainer
 from models.classifier import ModelConfig
 from models.devices import DeviceConfig
 from models.fine_tuning import FINE_TUNING, FineTuningConfig
 from models.head import HEAD, TrainingConfig
+from models.loop import EXIT_PREEMPTED
 from models.tflite import ExportConfig
 from models.trainer import TrainerConfig, run_fn, with_hyperparameters
 from preprocessing.augment import AugmentationConfig
@@ -26,7 +29,7 @@ from preprocessing.augment import AugmentationConfig
 TIMEOUT_SECONDS = 300
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_arguments(shape_records, transform_graph):
     """Makes what TFX passes to `run_fn`; executions of one pipeline lie beside each other."""
 
@@ -75,10 +78,10 @@ def _probabilities(arguments: dict, shape_records: dict[str, str]) -> np.ndarray
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, shape_records, transform_graph):
+def uninterrupted(tmp_path_factory, make_arguments):
     """A whole run of both stages in this process; gives its arguments."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    arguments = make_arguments.__wrapped__(shape_records, transform_graph)(root, trainer_config(str(root / "cache")))
+    arguments = make_arguments(root, trainer_config(str(root / "cache")))
     run_fn(SimpleNamespace(**arguments))
     return arguments
 
@@ -131,6 +134,10 @@ def test_run_fn_of_another_seed_gives_another_model(uninterrupted, shape_records
     assert not np.allclose(_probabilities(arguments, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-4)
 
 
+# Long enough to be killed in: a head's epoch takes milliseconds.
+LONG = {HEAD: {"training": {"epochs": 300, "patience": 300}, "fine_tuning": {"epochs": 0}}, FINE_TUNING: {}}
+
+
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("stage", "sign"), [(HEAD, signal.SIGKILL), (FINE_TUNING, signal.SIGKILL), (FINE_TUNING, signal.SIGTERM)]
@@ -138,31 +145,52 @@ def test_run_fn_of_another_seed_gives_another_model(uninterrupted, shape_records
 def test_run_fn_goes_on_where_it_was_killed_and_ends_with_the_same_model(
     uninterrupted, shape_records, make_arguments, tmp_path, stage, sign
 ):
+    config = trainer_config(**LONG[stage])
+    if stage == HEAD:
+        uninterrupted = make_arguments(tmp_path / "uninterrupted", config)
+        run_fn(SimpleNamespace(**uninterrupted))
     path = tmp_path / "killed.json"
-    killed = make_arguments(tmp_path, trainer_config())
+    killed = make_arguments(tmp_path, config)
     process = _start(path, killed)
     checkpoints = Path(killed["model_run_dir"], "checkpoints", stage)
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not list(checkpoints.glob("ckpt-1.index")):  # at its first epoch's end
+    while not list(checkpoints.glob("ckpt-*.index")):  # at its first epoch's end
         assert process.poll() is None, path.with_suffix(".log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sign)
     code = process.wait(TIMEOUT_SECONDS)
-    assert code == (143 if sign == signal.SIGTERM else -signal.SIGKILL)
+    assert code == (EXIT_PREEMPTED if sign == signal.SIGTERM else -signal.SIGKILL)
     assert not Path(killed["serving_model_dir"]).exists()
 
-    rerun = make_arguments(tmp_path, trainer_config(), execution=2)
+    rerun = make_arguments(tmp_path, config, execution=2)
     path = tmp_path / "rerun.json"
     _finish(path, _start(path, rerun))
 
-    assert "goes on from epoch" in path.with_suffix(".log").read_text()
+    assert f"{stage} goes on from epoch" in path.with_suffix(".log").read_text()
     expected = _history(uninterrupted)
     for name in ("loss", "val_loss"):
         np.testing.assert_allclose(_history(rerun)[name], expected[name], rtol=1e-3)
     np.testing.assert_allclose(_probabilities(rerun, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-3)
     # Nothing of the killed run is left to weigh on the disk.
     assert list((tmp_path / "model_run").rglob("ckpt-*")) == []
+
+
+def test_run_fn_that_fails_goes_on_after_the_failure_is_mended(make_arguments, tmp_path, monkeypatch, caplog):
+    arguments = make_arguments(tmp_path, trainer_config())
+
+    def fail(*arguments, **options):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "fine_tune", fail)
+        with pytest.raises(OSError, match="no space left"):
+            run_fn(SimpleNamespace(**arguments))
+    shutil.rmtree(arguments["model_run_dir"])  # as TFX does
+    with caplog.at_level("INFO", logger="tfx_vision"):
+        run_fn(SimpleNamespace(**make_arguments(tmp_path, trainer_config(), execution=2)))
+
+    assert "the head is trained already" in caplog.text
 
 
 def _free_ports(number: int) -> list[int]:
