@@ -4,14 +4,9 @@
 in integers, the statistics and the head in float, and takes uint8 images, as a camera gives them. Both give float32
 probabilities, in the order of `labels.txt`. Neither decodes nor resizes: whoever feeds them must do it as the Transform graph.
 
-Accuracy on the test images of one run with the default network, which is 46 MB in float32:
-
-              float32   float16 (23 MB)   int8 (13 MB)
-    flowers    93.7%         93.7%           93.7%
-    ELPV       86.0%         85.7%           72.4%
-
-The last is no better than always answering ELPV's larger class, so compare before shipping `int8`. The activations lose most;
-with 8 bits for the weights alone, the statistics were five times closer to those in float.
+What integers lose depends on the data: little on the flowers, nearly everything on ELPV (README has the figures), so compare
+before shipping `int8`. The activations lose most; with 8 bits for the weights alone, the statistics were five times closer to those in
+float.
 
 TensorFlow 2.21 still has all of `tf.lite` that is used here, and calls its interpreter deprecated in favour of the package
 `ai-edge-litert`, which runs the same files.

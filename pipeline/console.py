@@ -158,7 +158,7 @@ class Progress(logging.Handler):
         now = time.monotonic()
         if not self._console.is_terminal and now - self._detail_shown > _PLAIN_DETAIL_SECONDS:
             self._detail_shown = now
-            self._console.print(f"{self._current.name:<20} {message}", highlight=False, markup=False)
+            self._console.print(f"{self._current.name:<20} {message}", highlight=False, markup=False, soft_wrap=True)
 
     def _table(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
