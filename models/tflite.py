@@ -5,8 +5,8 @@ in integers, the statistics and the head in float, and takes uint8 images, as a 
 probabilities, in the order of `labels.txt`. Neither decodes nor resizes: whoever feeds them must do it as the Transform graph.
 
 What integers lose depends on the data: little on the flowers, nearly everything on ELPV (README has the figures), so compare
-before shipping `int8`. The activations lose most; with 8 bits for the weights alone, the statistics were five times closer to those in
-float.
+before shipping `int8`. The activations lose most; with 8 bits for the weights alone, the statistics were five times closer to
+those in float.
 
 TensorFlow 2.21 still has all of `tf.lite` that is used here, and calls its interpreter deprecated in favour of the package
 `ai-edge-litert`, which runs the same files.
