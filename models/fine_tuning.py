@@ -102,23 +102,23 @@ class LayerwiseAdamW(keras.optimizers.Adam):
 
 def fine_tune(
     settings: FineTuningConfig,
+    classifier: TrainedClassifier,
+    *,
     training: TrainingConfig,
     augmentation: AugmentationConfig,
-    classifier: TrainedClassifier,
     transform: TransformGraph,
     train: Images,
     valid: Images,
     devices: Devices,
-    *,
     folder: str,
 ) -> TrainedClassifier:
     """Trains the top of the backbone together with the head, under the strategy of the devices.
 
     Args:
       settings: of this stage.
+      classifier: of stage one.
       training: what both stages share: monitor, class balance, seed.
       augmentation: of the training images.
-      classifier: of stage one.
       transform: the Transform graph.
       train: the training images.
       valid: the validation images.

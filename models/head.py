@@ -54,10 +54,10 @@ class TrainingConfig(pydantic.BaseModel):
 def train_head(
     settings: TrainingConfig,
     head: keras.Model,
+    *,
     train: Embeddings,
     valid: Embeddings,
     devices: Devices,
-    *,
     folder: str,
 ) -> dict[str, list]:
     """Trains a head on embeddings and leaves its best weights in it.

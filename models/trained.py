@@ -142,10 +142,14 @@ def read_exported_model(path: str, spec: NetworkSpec) -> TrainedClassifier:
       InputError: if it is another network.
     """
     network_file = os.path.join(path, EXTRA_FOLDER, NETWORK_FILE)
-    expected, found = _comparable(spec), {}
-    if tf.io.gfile.exists(network_file):
-        with tf.io.gfile.GFile(network_file) as file:
-            found = json.load(file)
+    if not tf.io.gfile.exists(network_file):
+        raise InputError(
+            f"Expected the latest blessed model, {path}, to say what its network is, as training.warm_start is on. Received: "
+            f"no {EXTRA_FOLDER}/{NETWORK_FILE}, as in models of an earlier version. Set training.warm_start to false once."
+        )
+    expected = _comparable(spec)
+    with tf.io.gfile.GFile(network_file) as file:
+        found = json.load(file)
     if different := sorted(name for name in expected if found.get(name) != expected[name]):
         raise InputError(
             f"Expected the latest blessed model, {path}, to be the same network, as training.warm_start is on. Received: "

@@ -160,13 +160,13 @@ def train_classifier(
         return classifier
     return fine_tune(
         config.fine_tuning,
-        config.training,
-        config.augmentation,
         classifier,
-        transform,
-        train,
-        valid,
-        devices,
+        training=config.training,
+        augmentation=config.augmentation,
+        transform=transform,
+        train=train,
+        valid=valid,
+        devices=devices,
         folder=folder,
     )
 
@@ -212,7 +212,9 @@ def _train_first_stage(
             projection=base.projection if base else None,
         )
         head = base.build_head() if base else config.spec.build_head(num_components=len(projection.bias))
-        history = train_head(config.training, head, train_embeddings, valid_embeddings, devices, folder=folder)
+        history = train_head(
+            config.training, head, train=train_embeddings, valid=valid_embeddings, devices=devices, folder=folder
+        )
         label_counts = np.bincount(train_embeddings.labels, minlength=len(config.class_names)).tolist()
     TrainedClassifier(
         config.spec, backbone.get_weights(), projection, head.get_weights(), label_counts=label_counts, history=history

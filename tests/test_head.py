@@ -22,7 +22,7 @@ def run_head(tmp_path):
         keras.utils.set_random_seed(settings.seed)
         head = build_head(ModelConfig(hidden_units=0), num_components=train.features.shape[1], num_classes=2)
         devices = configure_devices(DeviceConfig(accelerator="cpu"))
-        return head, train_head(settings, head, train, valid, devices, folder=str(tmp_path / folder))
+        return head, train_head(settings, head, train=train, valid=valid, devices=devices, folder=str(tmp_path / folder))
 
     return run
 

@@ -426,7 +426,7 @@ def test_run_that_was_stopped_in_the_trainer_goes_on_there(
     command += ["--set", "training.epochs=300", "--set", "training.patience=300"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     checkpoints = workspace / "pipeline" / "Trainer" / "model_run"
-    while not list(checkpoints.glob("*/checkpoints/head/ckpt-*.index")):
+    while not list(checkpoints.glob("*/checkpoints/head/checkpoint")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(sign)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from conftest import trainer_config
 
 from models.classifier import Projection, join, logits_of, pool_statistics
-from models.trained import TrainedClassifier, read_classifier, write_network_file
+from models.trained import TrainedClassifier, read_classifier, read_exported_model, write_network_file
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +85,8 @@ def test_write_network_file_says_what_shapes_the_weights(classifier, tmp_path):
     assert found["backbone"] == "efficientnet_lite0"
     assert found["image_size"] == 32
     assert "weights" not in found
+
+
+def test_read_exported_model_refuses_one_that_does_not_say_what_it_is(classifier, tmp_path):
+    with pytest.raises(ValueError, match=r"Received: no assets.extra/network.json, as in models of an earlier version\."):
+        read_exported_model(str(tmp_path), classifier.spec)

@@ -75,7 +75,7 @@ def main() -> None:
         )
         head = build_head(config.model, num_components=len(projection.bias), num_classes=len(source.class_names))
         with tempfile.TemporaryDirectory() as folder:
-            train_head(config.training, head, train, valid, devices, folder=folder)
+            train_head(config.training, head, train=train, valid=valid, devices=devices, folder=folder)
         predicted = np.argmax(head.predict(test.features, verbose=0), axis=1)
         confusion = tf.math.confusion_matrix(test.labels, predicted, len(source.class_names)).numpy()
         f1 = 2 * np.diag(confusion) / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1), 1)

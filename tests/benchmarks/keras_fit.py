@@ -110,7 +110,7 @@ def _run_ours(
         head = build_head(_MODEL, num_components=len(projection.bias), num_classes=len(class_names))
         with tempfile.TemporaryDirectory() as checkpoints:
             settings = TrainingConfig(epochs=epochs, patience=epochs)
-            train_head(settings, head, train, valid, devices, folder=checkpoints)
+            train_head(settings, head, train=train, valid=valid, devices=devices, folder=checkpoints)
         seconds = time.monotonic() - started
         return seconds, np.mean(np.argmax(head.predict(valid.features, verbose=0), axis=1) == valid.labels)
 
