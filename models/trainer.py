@@ -92,24 +92,24 @@ def run_fn(fn_args: Any) -> None:
     transform = TransformGraph(fn_args.transform_graph_path)
     train = find_images(fn_args.train_files, split=TRAIN_SPLIT)
     valid = find_images(fn_args.eval_files, split=VALID_SPLIT)
+    checkpoints = os.path.join(fn_args.model_run_dir, CHECKPOINTS)
     try:
         classifier = train_classifier(
             config, devices, transform, train, valid, folder=fn_args.model_run_dir, base_model=fn_args.base_model
         )
+        devices.wait_for_all()  # until they have all read what the chief removes at its end
+        if devices.is_chief:
+            with tf.io.gfile.GFile(os.path.join(fn_args.model_run_dir, HISTORY_FILE), "w") as file:
+                json.dump(classifier.history, file)
+            save_curves(classifier.history, os.path.join(fn_args.model_run_dir, CURVES_FILE))
+            _export(config, classifier, transform, train, valid, fn_args)
     except Exception:
         if devices.is_chief:
-            keep_checkpoints(os.path.join(fn_args.model_run_dir, CHECKPOINTS))
+            keep_checkpoints(checkpoints)
         raise
-    devices.wait_for_all()  # until they have all read what the chief removes at its end
-    if not devices.is_chief:
-        devices.wait_for_all()  # Vertex ends the job where the first worker ends
-        return
-    with tf.io.gfile.GFile(os.path.join(fn_args.model_run_dir, HISTORY_FILE), "w") as file:
-        json.dump(classifier.history, file)
-    save_curves(classifier.history, os.path.join(fn_args.model_run_dir, CURVES_FILE))
-    _export(config, classifier, transform, train, valid, fn_args)
-    remove_checkpoints(os.path.join(fn_args.model_run_dir, CHECKPOINTS))
-    devices.wait_for_all()
+    if devices.is_chief:
+        remove_checkpoints(checkpoints)
+    devices.wait_for_all()  # Vertex ends the job where the first worker ends
 
 
 def with_hyperparameters(config: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:

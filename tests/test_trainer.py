@@ -176,14 +176,15 @@ def test_run_fn_goes_on_where_it_was_killed_and_ends_with_the_same_model(
     assert list((tmp_path / "model_run").rglob("ckpt-*")) == []
 
 
-def test_run_fn_that_fails_goes_on_after_the_failure_is_mended(make_arguments, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("step", ["fine_tune", "_export"])
+def test_run_fn_that_fails_goes_on_after_the_failure_is_mended(make_arguments, tmp_path, monkeypatch, caplog, step):
     arguments = make_arguments(tmp_path, trainer_config())
 
     def fail(*arguments, **options):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "fine_tune", fail)
+        patch.setattr(trainer, step, fail)
         with pytest.raises(OSError, match="no space left"):
             run_fn(SimpleNamespace(**arguments))
     shutil.rmtree(arguments["model_run_dir"])  # as TFX does

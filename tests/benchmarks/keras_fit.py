@@ -1,6 +1,6 @@
 """Measures stage one against plain Keras: `model.fit` on images in folders, with a frozen backbone, paired in one run.
 
-    python tests/benchmarks/keras_fit.py                              # ELPV, 10 epochs: about ten minutes on two idle cores
+    python tests/benchmarks/keras_fit.py                              # ELPV, 10 epochs: 12 minutes on two busy cores
     python tests/benchmarks/keras_fit.py --data photos/ --epochs 5 --rounds 3
 
 The other side is Keras's guide of transfer learning, on `keras.utils.image_dataset_from_directory`: EfficientNet-Lite0 with the
