@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -129,7 +130,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
     console.print(f"[bold]{config.pipeline_name}[/] · {where}", highlight=False, soft_wrap=True)
     run: dict[str, Any] = {"pipeline": config.pipeline_name, "exit_code": EXIT_FAILED, "seconds": 0.0, "counts": {}}
     run |= {"components": [], "metrics": {}, "blessed": False, "reasons": [], "pushed_model": None, "data_findings": []}
-    run["data_warnings"] = []
+    run |= {"data_warnings": [], "serving_check": None, "fingerprints": {}}
     for name in ("run.json", "report.html"):  # of an earlier run, which they would still speak of if this one were killed
         (workspace / name).unlink(missing_ok=True)
     progress = Progress(console)
@@ -139,11 +140,17 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
                 from tfx.orchestration.local.local_dag_runner import LocalDagRunner
                 from tfx.orchestration.metadata import sqlite_metadata_connection_config
 
+                from data.fingerprint import code_fingerprint
                 from pipeline.pipeline import create_pipeline
                 from pipeline.report import write_report
                 from pipeline.results import read_results
             with progress.step("Prepare data") as step:
-                records, run["counts"], run["data_warnings"] = _prepare(config, workspace, step)
+                records, report = _prepare(config, workspace, step)
+                run["counts"], run["data_warnings"] = _counts(report), report.get("warnings", [])
+                run["fingerprints"] = {
+                    "code": code_fingerprint("models.trainer"),
+                    "records": report.get("fingerprint", ""),
+                }
             pipeline = create_pipeline(
                 config,
                 records,
@@ -159,10 +166,18 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
             with progress.step("Report"):
                 found = read_results(workspace / "pipeline" / "metadata.db", records.class_names)
                 run |= found.as_run()
+                run["fingerprints"]["model"] = run["serving_check"]["model_digest"]
                 run["exit_code"] = EXIT_DONE if run["blessed"] and run["pushed_model"] else EXIT_NOT_BLESSED
                 run["components"] = _components(progress)
                 run["seconds"] = round(time.monotonic() - started, 1)
-                write_report(workspace / "report.html", run, found.history, config)
+                write_report(
+                    workspace / "report.html",
+                    run,
+                    found.history,
+                    config,
+                    records=records.folder,
+                    model=found.trained_model,
+                )
     except BaseException as error:
         logging.getLogger().error("the run ended", exc_info=error)
         run["reasons"] = [str(error).strip() or type(error).__name__]
@@ -186,8 +201,8 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
 LOCAL_BEAM_ARGS = ("--runner=FnApiRunner", "--sdk_container_image=unused")
 
 
-def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, Any], list[str]]:
-    """Makes the records, or takes the ones that `--data` names; returns them, counts and warnings."""
+def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, Any]]:
+    """Makes the records, or takes the ones that `--data` names; returns them and the report of their preparation."""
     from data.prepare import prepare, read_report
     from data.sources import is_prepared
     from pipeline.pipeline import read_records
@@ -200,9 +215,12 @@ def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, An
         report = prepare(config.data, folder, overwrite=True)
         step.cached = report["reused"]
         step.detail = f"{report['images']:,} images, {report['quarantined']} in quarantine"
-    records = read_records(folder, config.data)
+    return read_records(folder, config.data), report
+
+
+def _counts(report: dict[str, Any]) -> dict[str, Any]:
     counts = dict(report.get("counts", {})) | {"quarantined": report.get("quarantined", 0)}
-    return records, counts | {"duplicates": len(report.get("duplicates", []))}, report.get("warnings", [])
+    return counts | {"duplicates": len(report.get("duplicates", []))}
 
 
 def _components(progress: Progress) -> list[dict[str, Any]]:
@@ -238,8 +256,18 @@ def _logging_to_standard_error() -> Iterator[None]:
 
 def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
     temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """Puts null in the place of what is no number, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

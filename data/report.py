@@ -4,26 +4,22 @@ Called by `data.prepare` once the records are written. Nothing in it depends on 
 give the same file.
 """
 
-import base64
-import io
 import itertools
 import os
 import re
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import markupsafe
-import numpy as np
 import tensorflow as tf
-from PIL import Image, ImageOps
 
-from data.features import FILENAME_KEY, IMAGE_KEY, LABEL_KEY, SPLITS, TRAIN_SPLIT
-from data.inspection import FORMATS, UnusableImageError, read_file
+from data.features import SPLITS, TRAIN_SPLIT
+from data.inspection import UnusableImageError, read_file
+from data.thumbnails import MAX_RECORDS_READ, Thumbnail, contact_sheets, make_thumbnail
 
 DATA_REPORT_FILE = "report.html"
 
@@ -33,7 +29,6 @@ _MAX_CHARACTERS = 400  # of one name or reason; a path may have 4,096
 # Each limit below is said on the page where it cuts something off. Together they keep the page under 3 MB.
 _MAX_SHEETS = 30  # classes with thumbnails
 _MAX_THUMBNAILS_PER_SHEET = 8
-_MAX_RECORDS_READ = 5_000
 _MAX_OPEN_CLASSES = 30  # above this, the table of all classes is folded and the smallest ones stand alone
 _MAX_CLASSES = 2_000
 _NUM_SMALLEST_CLASSES = 15
@@ -47,11 +42,7 @@ _MAX_FILES_PER_GROUP = 6
 _MAX_DUPLICATES = 100
 _MAX_WARNINGS = 50
 
-_THUMBNAIL_HEIGHT = 96  # pixels
-_THUMBNAIL_WIDTH = 192  # pixels, at most
-_THUMBNAIL_BYTES = 4_500  # the quality goes down until it fits
 _MAX_FILE_BYTES = 20_000_000
-_MAX_PIXELS = 50_000_000  # that are really decoded; a JPEG is decoded at a fraction of its size
 
 _FACTS = {
     "height": "height, pixels",
@@ -62,15 +53,6 @@ _FACTS = {
 _JOINERS = "\u200c\u200d"  # invisible, and part of correct Persian, Hindi and emoji
 _MAYBE_INVISIBLE = re.compile(r"[^\x20-\x7e]")
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-class _Thumbnail(NamedTuple):
-    """A small JPEG and the size at which the page shows it, in pixels; tiny images are shown enlarged."""
-
-    uri: markupsafe.Markup
-    width: int
-    height: int
-    is_enlarged: bool
 
 
 def write_data_report(folder: str, report: dict[str, Any], quarantine: list[dict[str, Any]]) -> None:
@@ -94,7 +76,7 @@ def write_data_report(folder: str, report: dict[str, Any], quarantine: list[dict
     )
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_make_visible
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=make_visible
     )
     environment.filters.update(
         number=lambda value, noun=None: f"{value:,}" + (f" {_plural(noun, value)}" if noun else ""),
@@ -114,7 +96,7 @@ def write_data_report(folder: str, report: dict[str, Any], quarantine: list[dict
         smallest=sorted(totals, key=totals.get)[:_NUM_SMALLEST_CLASSES] if len(totals) > _MAX_OPEN_CLASSES else [],
         classes=list(totals)[:_MAX_CLASSES],
         sheets=_contact_sheets(folder, report),
-        max_records_read=_MAX_RECORDS_READ,
+        max_records_read=MAX_RECORDS_READ,
         facts=[(_FACTS.get(name, name), name, values) for name, values in report["facts"].items()],
         column_counts=dict(list(report["column_counts"].items())[:_MAX_COLUMNS]),
         reasons=Counter(row["reason"] for row in quarantine).most_common(),
@@ -130,39 +112,15 @@ def write_data_report(folder: str, report: dict[str, Any], quarantine: list[dict
         file.write(html)
 
 
-def _contact_sheets(folder: str, report: dict[str, Any]) -> dict[str, list[tuple[str, _Thumbnail]]]:
-    """Takes the first images of each class from the train shards: in the order of a hash, so a sample that stays the same.
-
-    Returns:
-      class -> (file name, thumbnail).
-    """
+def _contact_sheets(folder: str, report: dict[str, Any]) -> dict[str, list[tuple[str, Thumbnail]]]:
+    """Takes the first images of each class from the train shards: class -> (file name, thumbnail)."""
     names = report["class_names"][:_MAX_SHEETS]
-    sheets: dict[str, list[tuple[str, _Thumbnail]]] = {name: [] for name in names}
-    missing = {name: min(_MAX_THUMBNAILS_PER_SHEET, report["counts"][TRAIN_SPLIT][name]) for name in names}
+    num_wanted = {name: min(_MAX_THUMBNAILS_PER_SHEET, report["counts"][TRAIN_SPLIT][name]) for name in names}
     shards = sorted(name for name in report["shards"] if name.startswith(f"{TRAIN_SPLIT}-"))
-    for label, filename, encoded in _read_records([os.path.join(folder, name) for name in shards]):
-        if missing.get(label):
-            thumbnail = _make_thumbnail(encoded)
-            if thumbnail:
-                sheets[label].append((filename, thumbnail))
-                missing[label] -= 1
-        if not any(missing.values()):
-            break
-    return sheets
+    return contact_sheets([os.path.join(folder, name) for name in shards], num_wanted)
 
 
-def _read_records(paths: Sequence[str]) -> Iterator[tuple[str, str, bytes]]:
-    """Yields label, file name and encoded image of the first records."""
-    if not paths:
-        return
-    records = tf.data.TFRecordDataset(paths, compression_type="GZIP").take(_MAX_RECORDS_READ)
-    for record in records.as_numpy_iterator():
-        feature = tf.train.Example.FromString(record).features.feature
-        label, filename, image = (feature[key].bytes_list.value[0] for key in (LABEL_KEY, FILENAME_KEY, IMAGE_KEY))
-        yield label.decode(), filename.decode("utf-8", "surrogateescape"), image
-
-
-def _quarantine_thumbnails(rows: Sequence[dict[str, Any]]) -> Iterator[_Thumbnail | None]:
+def _quarantine_thumbnails(rows: Sequence[dict[str, Any]]) -> Iterator[Thumbnail | None]:
     """Yields a thumbnail for each row that has an image after all, such as one of a format that TensorFlow cannot read."""
     num_thumbnails = 0
     for index, row in enumerate(rows):
@@ -202,54 +160,12 @@ def _illustrate(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_thumbnail(path: str) -> _Thumbnail | None:
+def _read_thumbnail(path: str) -> Thumbnail | None:
     """Makes a thumbnail of a file of unknown content; None if there is no image in it, or too large a one."""
     try:
-        return _make_thumbnail(read_file(path, max_bytes=_MAX_FILE_BYTES), is_upright=True)
+        return make_thumbnail(read_file(path, max_bytes=_MAX_FILE_BYTES), is_upright=True)
     except (UnusableImageError, OSError, tf.errors.OpError):
         return None
-
-
-def _make_thumbnail(encoded: bytes, *, is_upright: bool = False) -> _Thumbnail | None:
-    """Makes a thumbnail of an encoded image; None if Pillow finds none, or too large a one.
-
-    Args:
-      encoded: the bytes of the file.
-      is_upright: turn the image as its EXIF data say, as viewers do; records are shown as the model sees them.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata
-            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-            image.draft("RGB", (2 * _THUMBNAIL_WIDTH, 2 * _THUMBNAIL_WIDTH))
-            if image.width * image.height > _MAX_PIXELS:
-                return None
-            image = _to_rgb(ImageOps.exif_transpose(image) if is_upright else image)
-            image.thumbnail((_THUMBNAIL_WIDTH, _THUMBNAIL_HEIGHT))
-    except Exception:  # a damaged file makes Pillow raise anything, and no thumbnail is worth a failed preparation
-        return None
-    for quality in (80, 60, 40, 20):
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality, optimize=True)
-        if buffer.tell() <= _THUMBNAIL_BYTES:
-            break
-    scale = max(1.0, min(_THUMBNAIL_WIDTH / image.width, _THUMBNAIL_HEIGHT / image.height))
-    return _Thumbnail(
-        uri=markupsafe.Markup("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()),
-        width=round(scale * image.width),
-        height=round(scale * image.height),
-        is_enlarged=scale > 1,
-    )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Brings 16 bits down to 8, and puts what is transparent on white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _common_folder(files: Sequence[str], location: str) -> str:
@@ -266,7 +182,7 @@ def _common_folder(files: Sequence[str], location: str) -> str:
     return "" if prefix in ("/", "gs://") else prefix
 
 
-def _make_visible(value: Any) -> Any:
+def make_visible(value: Any) -> Any:
     """Prepares every text that the template writes: shows what cannot be seen or encoded as an escape, and shortens it.
 
     A name may hold a line break, a mark that turns the direction of writing, or bytes that are not UTF-8.
@@ -287,7 +203,7 @@ def _escape(match: re.Match[str]) -> str:
 
 def _break_at_slashes(path: str) -> markupsafe.Markup:
     """Lets a long path be broken between its folders."""
-    return markupsafe.Markup("/<wbr>").join(_make_visible(path).split("/"))
+    return markupsafe.Markup("/<wbr>").join(make_visible(path).split("/"))
 
 
 def _plural(noun: str, number: int) -> str:

@@ -28,6 +28,7 @@ from models.folding import fold_batch_norm
 from models.head import TrainingConfig, train_head
 from models.loop import CHECKPOINTS, adopt_checkpoints, keep_checkpoints, remove_checkpoints
 from models.network_table import describe_network
+from models.reference import write_reference_predictions
 from models.signatures import ImageClassifier, export
 from models.tflite import NUM_CALIBRATION_IMAGES, ExportConfig, compare_tflite, export_tflite
 from models.trained import (
@@ -238,7 +239,7 @@ def _export(
     valid: Images,
     fn_args: Any,
 ) -> None:
-    """Exports the SavedModel with what goes beside it."""
+    """Exports the SavedModel with what goes beside it, and leaves the network's own answers in the folder of the run."""
     logger.info("exporting the model")
     network = classifier.build_for_inference()
     logger.getChild("network").info("the exported network:\n%s", describe_network(network))
@@ -249,6 +250,8 @@ def _export(
     with tf.io.gfile.GFile(os.path.join(extra, LABELS_FILE), "w") as file:
         file.write("".join(f"{name}\n" for name in config.class_names))
     write_network_file(config.spec, fn_args.serving_model_dir)
+    # The serving check compares the exported model with the network that is still here.
+    write_reference_predictions(network, transform, valid, folder=fn_args.model_run_dir)
     if kinds := config.export.tflite:
         folder = os.path.join(extra, TFLITE_FOLDER)
         # The first images are a fair sample, as records are in the order of a hash.

@@ -15,7 +15,7 @@ from tensorflow_metadata.proto.v0 import anomalies_pb2, statistics_pb2
 from tfx import types
 from tfx.components.evaluator import constants
 from tfx.components.statistics_gen import stats_artifact_utils
-from tfx.dsl.component.experimental.annotations import InputArtifact, Parameter
+from tfx.dsl.component.experimental.annotations import InputArtifact, OutputArtifact, Parameter
 from tfx.dsl.component.experimental.decorators import component
 from tfx.dsl.components.common.resolver import ResolverStrategy
 from tfx.dsl.io import fileio
@@ -28,8 +28,11 @@ from data.features import LABELS_FILE, TRAIN_SPLIT
 from data.sources import read_lines
 from models.trained import EXTRA_FOLDER
 from pipeline import drift
+from pipeline.serving_check import ServingCheckConfig, check_serving, write_serving_check
 
+MODEL_DIGEST_KEY = "model_digest"  # custom properties of an InfraBlessing
 _ANOMALIES_FILE = "SchemaDiff.pb"  # as ExampleValidator names it
+_INFRA_BLESSED_FILE, _INFRA_NOT_BLESSED_FILE = "INFRA_BLESSED", "INFRA_NOT_BLESSED"  # as InfraValidator names them
 
 
 class DataFindings(TypedDict):
@@ -135,11 +138,57 @@ def _find_anomalies(artifact: types.Artifact) -> list[str]:
     return found
 
 
-def _blessed(blessings: Iterable[types.Artifact]) -> Iterator[tuple[types.Artifact, int]]:
-    """Yields the blessings that bless, latest first, each with its model's id."""
+@component
+def ServingCheck(  # noqa: N802 (a component's name is a class name to its users)
+    model: InputArtifact[standard_artifacts.Model],
+    model_run: InputArtifact[standard_artifacts.ModelRun],
+    model_blessing: InputArtifact[standard_artifacts.ModelBlessing],
+    config: Parameter[str],
+    code: Parameter[str],
+    infra_blessing: OutputArtifact[standard_artifacts.InfraBlessing],
+) -> None:
+    """Tries the exported model in a process of its own, in the place of TFX's InfraValidator, and never raises for its fault.
+
+    Args:
+      model: what the Trainer exported.
+      model_run: where the Trainer left its own answers to compare with.
+      model_blessing: of the Evaluator, whose verdict is put on record; a model that it refused is tried all the same.
+      config: a `ServingCheckConfig` as JSON.
+      code: fingerprint of `pipeline.serving_check`, for the cache.
+      infra_blessing: for Pusher: `INFRA_BLESSED` or `INFRA_NOT_BLESSED` and the property `blessed`, as InfraValidator leaves
+        them; of which model; and the verdict in full, see `pipeline.serving_check`.
+    """
+    limits = ServingCheckConfig.model_validate_json(config)
+    verdict = check_serving(path_utils.serving_model_path(model.uri), model_run.uri, limits)
+    verdict["model"] = model.uri
+    verdict["evaluator_blessed"] = _is_blessing(model_blessing)
+    write_serving_check(infra_blessing.uri, verdict)
+    is_blessed = verdict["blessed"]
+    infra_blessing.set_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY, int(is_blessed))
+    infra_blessing.set_int_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY, model.id)
+    infra_blessing.set_string_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_URI_KEY, model.uri)
+    infra_blessing.set_string_custom_property(MODEL_DIGEST_KEY, verdict["model_digest"] or "")
+    # Last, and only one of them: what was cut off before it has blessed nothing.
+    name = _INFRA_BLESSED_FILE if is_blessed else _INFRA_NOT_BLESSED_FILE
+    io_utils.write_string_file(os.path.join(infra_blessing.uri, name), "")
+
+
+def _blessed(
+    blessings: Iterable[types.Artifact], infra_blessings: Iterable[types.Artifact]
+) -> Iterator[tuple[types.Artifact, int]]:
+    """Yields the Evaluator's blessings of models that the serving check blessed too, latest first, each with its model's id."""
+    servable = {_model_id(blessing) for blessing in infra_blessings if _is_blessing(blessing)}
     for blessing in sorted(blessings, key=lambda artifact: artifact.id, reverse=True):
-        if blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY) == constants.BLESSED_VALUE:
-            yield blessing, blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY)
+        if _is_blessing(blessing) and _model_id(blessing) in servable:
+            yield blessing, _model_id(blessing)
+
+
+def _is_blessing(artifact: types.Artifact) -> bool:
+    return artifact.get_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY) == constants.BLESSED_VALUE
+
+
+def _model_id(blessing: types.Artifact) -> int:
+    return blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY)
 
 
 def _labels_path(model: types.Artifact) -> str:
@@ -162,14 +211,14 @@ class LatestBlessedStatisticsStrategy(ResolverStrategy):
     def resolve_artifacts(
         self, store: mlmd.MetadataStore, input_dict: dict[str, list[types.Artifact]]
     ) -> dict[str, list[types.Artifact]]:
-        """Resolves `baseline_statistics` among all of the pipeline's, by `model` and `model_blessing`, also all of them.
+        """Resolves `baseline_statistics` among all of the pipeline's, by `model` and both blessings, also all of them.
 
         `statistics` are those of this run's data.
         """
         (current,) = input_dict["statistics"]
         current_examples = _examples_of(store, current)
         models = {model.id: model for model in input_dict["model"]}
-        for _, model_id in _blessed(input_dict["model_blessing"]):
+        for _, model_id in _blessed(input_dict["model_blessing"], input_dict["infra_blessing"]):
             if model_id not in models or not self._has_class_names(models[model_id]):
                 continue
             examples = _examples_of(store, models[model_id])
@@ -186,7 +235,8 @@ class LatestBlessedStatisticsStrategy(ResolverStrategy):
 
     @staticmethod
     def _resolved(current: types.Artifact, baseline: list[types.Artifact]) -> dict[str, list[types.Artifact]]:
-        return {"statistics": [current], "baseline_statistics": baseline, "model": [], "model_blessing": []}
+        unused = {"model": [], "model_blessing": [], "infra_blessing": []}
+        return {"statistics": [current], "baseline_statistics": baseline} | unused
 
 
 def _examples_of(store: mlmd.MetadataStore, artifact: types.Artifact) -> set[int]:
@@ -203,39 +253,31 @@ def _examples_of(store: mlmd.MetadataStore, artifact: types.Artifact) -> set[int
     }
 
 
-def _class_names(model: types.Artifact) -> tuple[str, ...]:
-    """Reads the class list that the trainer left beside the exported model."""
-    path = _labels_path(model)
-    if not fileio.exists(path):
-        raise RuntimeError(
-            f"Expected the blessed model {model.uri} to be where it was trained, as new ones are compared with it. "
-            "Received: no class list there. Put the workspace back to its place, or start a new one with --workspace."
-        )
-    return read_lines(path)
-
-
 class LatestOtherBlessedModelStrategy(ResolverStrategy):
-    """Resolves the baseline: the latest blessed model, but never the candidate itself.
+    """Resolves the baseline: the latest model with both blessings, but never the candidate itself.
 
     In a rerun with nothing changed the latest blessed model is the candidate. TFX's own strategy would then compare the model
     with itself, and as its Evaluator has another input than the first time, evaluate and push it again. Here such a candidate
     gets the baseline back against which it was blessed, so that the rerun is all cache.
 
-    A blessed model of another class list cannot be compared with; it is passed over.
+    A baseline that cannot be evaluated any more, as its classes are others or its files gone, is resolved all the same: the
+    Evaluator then refuses the candidate and says so. To pass it over would be to bless a model that was compared with none.
     """
 
     def resolve_artifacts(
         self, store: mlmd.MetadataStore, input_dict: dict[str, list[types.Artifact]]
     ) -> dict[str, list[types.Artifact]]:
-        """Resolves `model` and `model_blessing` among all of the pipeline's; `candidate` is this run's model."""
+        """Resolves `model` among all of the pipeline's, by both blessings; `candidate` is this run's model."""
         del store  # the artifacts carry all that is needed
         (candidate,) = input_dict["candidate"]
         models = {model.id: model for model in input_dict["model"]}
-        for blessing, model_id in _blessed(input_dict["model_blessing"]):
+        baseline = []
+        for blessing, model_id in _blessed(input_dict["model_blessing"], input_dict["infra_blessing"]):
             if model_id == candidate.id:
-                baseline_id = blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY)
-                baseline = [models[baseline_id]] if baseline_id in models else []
-                return {"model": baseline, "model_blessing": [], "candidate": [candidate]}
-            if model_id in models and _class_names(models[model_id]) == _class_names(candidate):
-                return {"model": [models[model_id]], "model_blessing": [blessing], "candidate": [candidate]}
-        return {"model": [], "model_blessing": [], "candidate": [candidate]}
+                model_id = blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY)
+                baseline = [models[model_id]] if model_id in models else []
+                break
+            if model_id in models:
+                baseline = [models[model_id]]
+                break
+        return {"model": baseline, "model_blessing": [], "infra_blessing": [], "candidate": [candidate]}

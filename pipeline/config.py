@@ -25,6 +25,7 @@ from models.tflite import ExportConfig
 from models.tuner import TunerConfig
 from pipeline.components import DataGateConfig
 from pipeline.evaluation import EvaluationConfig
+from pipeline.serving_check import ServingCheckConfig
 from pipeline.vertex import VertexConfig
 from preprocessing.augment import AugmentationConfig
 from preprocessing.images import InputSpec, PreprocessingConfig
@@ -39,7 +40,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "preprocessing": {"image_size": 64},
         "training": {"epochs": 30, "batch_size": 16},
-        "evaluation": {"min_accuracy": 0.6, "min_class_accuracy": 0.3, "min_slice_accuracy": 0.3},
+        "evaluation": {
+            "min_accuracy": 0.6,
+            "min_class_accuracy": 0.3,
+            "min_slice_accuracy": 0.3,
+            "max_calibration_error": 0.5,
+            "min_class_examples": 1,
+        },
+        "serving_check": {"measure_seconds": 0.2},
     },
     # Transfer learning on the frozen backbone: one to two minutes for 2,600 images on two cores; README has the accuracies.
     "default": {},
@@ -82,6 +90,7 @@ class Config(pydantic.BaseModel):
     devices: DeviceConfig = DeviceConfig()
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    serving_check: ServingCheckConfig = ServingCheckConfig()
     vertex: VertexConfig = VertexConfig()
 
     @pydantic.model_validator(mode="after")

@@ -213,9 +213,16 @@ def print_summary(console: Console, run: dict[str, Any]) -> None:
         for finding in noted:
             console.print(f"  - {finding}", highlight=False, markup=False, soft_wrap=True)
     if run["blessed"]:
-        console.print("[bold green]Blessed[/]: the model passed every threshold.", highlight=False)
+        console.print(f"[bold green]Blessed[/]: {_passed(run)}", highlight=False, soft_wrap=True)
         console.print(f"Model   {run['pushed_model']}", highlight=False, markup=False, soft_wrap=True)
     else:
         console.print("[bold red]Not blessed[/], so nothing was pushed:", highlight=False)
         for reason in run["reasons"]:
             console.print(f"  - {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _passed(run: dict[str, Any]) -> str:
+    """Says what a blessed model was measured by."""
+    if run["metrics"]["has_baseline"]:
+        return "the model passed every threshold, and is not worse than the latest blessed model."
+    return "the model passed every threshold; it was compared with no earlier model."

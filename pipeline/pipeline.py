@@ -50,13 +50,19 @@ from models.backbones import weights_fingerprint
 from models.classifier import ModelConfig
 from models.trainer import CONFIG_KEY, TrainerConfig
 from models.tuner import TUNER_CONFIG_KEY
-from pipeline.components import DataGate, LatestBlessedStatisticsStrategy, LatestOtherBlessedModelStrategy
+from pipeline.components import (
+    DataGate,
+    LatestBlessedStatisticsStrategy,
+    LatestOtherBlessedModelStrategy,
+    ServingCheck,
+)
 from pipeline.config import Config
 from pipeline.drift import NUM_QUANTILES
 from pipeline.evaluation import eval_config
 from pipeline.vertex import serving_args, training_job
 
 _CODE_PACKAGES = ("tensorflow", "keras", "tensorflow-transform")
+_EVALUATION_PACKAGES = ("tensorflow", "tensorflow-model-analysis")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +210,7 @@ def create_pipeline(
     )
 
     # The model in use, to compare with.
-    baseline = _baseline_resolver(trainer, on_vertex)
+    baseline = _baseline_resolver(trainer, on_vertex) if config.evaluation.compare_with != "nothing" else None
 
     # Whether the model is good enough.
     evaluator = Evaluator(
@@ -212,12 +218,28 @@ def create_pipeline(
         example_splits=[TEST_SPLIT],
         schema=schema.outputs["result"],
         model=trainer.outputs["model"],
-        baseline_model=baseline.outputs["model"],
-        eval_config=eval_config(config.evaluation, records.class_names, records.columns),
+        baseline_model=baseline and baseline.outputs["model"],
+        eval_config=eval_config(
+            config.evaluation,
+            records.class_names,
+            records.columns,
+            image_size=config.input_spec.image_size,
+            code=code_fingerprint("pipeline.extractors", distributions=_EVALUATION_PACKAGES),
+        ),
+        module_path="pipeline.extractors",
     )
 
-    # Into use, if it is.
-    pusher = _pusher(config, trainer, evaluator, serving_model_dir, on_vertex)
+    # Whether a server can use it.
+    serving_check = ServingCheck(
+        model=trainer.outputs["model"],
+        model_run=trainer.outputs["model_run"],
+        model_blessing=evaluator.outputs["blessing"],
+        config=config.serving_check.model_dump_json(),
+        code=code_fingerprint("pipeline.serving_check", distributions=("tensorflow",)),
+    )
+
+    # Into use, if both say so.
+    pusher = _pusher(config, trainer, evaluator, serving_check, serving_model_dir=serving_model_dir, on_vertex=on_vertex)
 
     return Pipeline(
         pipeline_name=config.pipeline_name,
@@ -232,8 +254,9 @@ def create_pipeline(
             transform,
             *(node for node in (tuner, warm_start) if node),
             trainer,
-            baseline,
+            *([baseline] if baseline else []),
             evaluator,
+            serving_check,
             pusher,
         ],
         enable_cache=config.pipeline.cache,
@@ -252,6 +275,7 @@ def _baseline_statistics_resolver(statistics_gen: BaseComponent, records: Record
         baseline_statistics=Channel(type=standard_artifacts.ExampleStatistics),
         model=Channel(type=standard_artifacts.Model),
         model_blessing=Channel(type=standard_artifacts.ModelBlessing),
+        infra_blessing=Channel(type=standard_artifacts.InfraBlessing),
     )
     return resolver.with_id("LatestBlessedStatistics")
 
@@ -338,14 +362,29 @@ def _baseline_resolver(trainer: BaseComponent, on_vertex: bool) -> Resolver:
     if on_vertex:  # which knows TFX's own strategies only
         resolver = Resolver(strategy_class=LatestBlessedModelStrategy, **channels)
     else:
-        resolver = Resolver(strategy_class=LatestOtherBlessedModelStrategy, candidate=trainer.outputs["model"], **channels)
+        resolver = Resolver(
+            strategy_class=LatestOtherBlessedModelStrategy,
+            candidate=trainer.outputs["model"],
+            infra_blessing=Channel(type=standard_artifacts.InfraBlessing),
+            **channels,
+        )
     return resolver.with_id("LatestBlessedModel")
 
 
 def _pusher(
-    config: Config, trainer: BaseComponent, evaluator: BaseComponent, serving_model_dir: str, on_vertex: bool
+    config: Config,
+    trainer: BaseComponent,
+    evaluator: BaseComponent,
+    serving_check: BaseComponent,
+    *,
+    serving_model_dir: str,
+    on_vertex: bool,
 ) -> BaseComponent:
-    inputs = {"model": trainer.outputs["model"], "model_blessing": evaluator.outputs["blessing"]}
+    inputs = {
+        "model": trainer.outputs["model"],
+        "model_blessing": evaluator.outputs["blessing"],
+        "infra_blessing": serving_check.outputs["infra_blessing"],
+    }
     if not on_vertex:
         destination = pusher_pb2.PushDestination.Filesystem(base_directory=serving_model_dir)
         return Pusher(push_destination=pusher_pb2.PushDestination(filesystem=destination), **inputs)

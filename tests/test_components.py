@@ -11,7 +11,7 @@ from tfx.types import artifact_utils, standard_artifacts
 
 from data.errors import DataAnomalyError
 from data.features import FACT_KEYS, LABEL_KEY, SPLITS, make_schema
-from pipeline.components import DataGate, LatestBlessedStatisticsStrategy
+from pipeline.components import DataGate, LatestBlessedStatisticsStrategy, LatestOtherBlessedModelStrategy
 from pipeline.drift import NUM_QUANTILES
 
 COLUMNS = ("camera",)
@@ -192,7 +192,7 @@ class _Lineage:
         self.store = mlmd.MetadataStore(metadata_store_pb2.ConnectionConfig(fake_database={}))
         self._artifact_type = self.store.put_artifact_type(metadata_store_pb2.ArtifactType(name="Artifact"))
         self._execution_type = self.store.put_execution_type(metadata_store_pb2.ExecutionType(name="Execution"))
-        self.all = {"baseline_statistics": [], "model": [], "model_blessing": []}
+        self.all = {"baseline_statistics": [], "model": [], "model_blessing": [], "infra_blessing": []}
 
     def _put(self, artifact, *inputs: tuple[str, object]):
         (artifact.id,) = self.store.put_artifacts([metadata_store_pb2.Artifact(type_id=self._artifact_type)])
@@ -217,7 +217,16 @@ class _Lineage:
         self.all["baseline_statistics"].append(statistics)
         return statistics
 
-    def model(self, examples, *, blessed: bool = True, class_names: tuple[str, ...] = ("circle", "square")) -> Path:
+    def model(
+        self,
+        examples,
+        *,
+        blessed: bool = True,
+        servable: bool | None = True,
+        class_names: tuple[str, ...] = ("circle", "square"),
+        baseline: int | None = None,
+    ) -> Path:
+        """Puts a model with its blessings; `servable` is None where the serving check was never reached."""
         schema = self._put(standard_artifacts.Schema())
         model = self._put(standard_artifacts.Model(), ("examples", examples), ("schema", schema))
         labels = Path(model.uri, "Format-Serving", "assets.extra", "labels.txt")
@@ -227,9 +236,22 @@ class _Lineage:
         blessing = self._put(standard_artifacts.ModelBlessing(), ("model", model), ("examples", examples))
         blessing.set_int_custom_property("blessed", int(blessed))
         blessing.set_int_custom_property("current_model_id", model.id)
+        if baseline is not None:
+            blessing.set_int_custom_property("baseline_model_id", baseline)
         self.all["model"].append(model)
         self.all["model_blessing"].append(blessing)
+        if servable is not None:
+            infra_blessing = self._put(standard_artifacts.InfraBlessing(), ("model", model))
+            infra_blessing.set_int_custom_property("blessed", int(servable))
+            infra_blessing.set_int_custom_property("current_model_id", model.id)
+            self.all["infra_blessing"].append(infra_blessing)
         return labels
+
+    def baseline_of(self, candidate) -> list[int]:
+        inputs = {name: artifacts for name, artifacts in self.all.items() if name != "baseline_statistics"}
+        resolved = LatestOtherBlessedModelStrategy().resolve_artifacts(self.store, {"candidate": [candidate], **inputs})
+        assert resolved["candidate"] == [candidate]
+        return [artifact.id for artifact in resolved["model"]]
 
     def resolve(self, current) -> list:
         strategy = LatestBlessedStatisticsStrategy(class_names=["circle", "square"])
@@ -290,3 +312,66 @@ def test_latest_blessed_statistics_are_the_latest_of_their_examples(lineage):
     lineage.model(examples)
 
     assert lineage.resolve(current) == [again.id]
+
+
+def test_latest_blessed_statistics_pass_over_a_model_that_no_server_could_use(lineage):
+    data = [lineage.data() for _ in range(4)]
+    lineage.model(data[0][0])
+    lineage.model(data[1][0], servable=False)
+    lineage.model(data[2][0], servable=None)
+
+    assert lineage.resolve(data[3][1]) == [data[0][1].id]
+
+
+@pytest.fixture
+def models(lineage) -> dict[str, object]:
+    """A model of each kind, in the order of time."""
+    examples, _ = lineage.data()
+    kinds = {
+        "good": {},
+        "refused": {"blessed": False},
+        "unservable": {"servable": False},
+        "killed before its serving check": {"servable": None},
+    }
+    for settings in kinds.values():
+        lineage.model(examples, **settings)
+    return dict(zip(kinds, lineage.all["model"], strict=True))
+
+
+def test_latest_other_blessed_model_has_both_blessings(lineage, models):
+    examples, _ = lineage.data()
+    lineage.model(examples, blessed=False)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == [models["good"].id]
+
+
+def test_latest_other_blessed_model_of_a_first_run_is_none(lineage):
+    examples, _ = lineage.data()
+    lineage.model(examples, blessed=False)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == []
+
+
+def test_latest_other_blessed_model_of_a_blessed_candidate_is_what_it_was_compared_with(lineage, models):
+    examples, _ = lineage.data()
+    lineage.model(examples, baseline=models["refused"].id)
+    lineage.model(examples)
+
+    assert lineage.baseline_of(lineage.all["model"][-2]) == [lineage.all["model"][-1].id]
+    lineage.all["model_blessing"].pop()
+    assert lineage.baseline_of(lineage.all["model"][-2]) == [models["refused"].id]
+
+
+def test_latest_other_blessed_model_of_a_run_that_was_killed_is_the_one_of_its_first_try(lineage, models):
+    assert lineage.baseline_of(models["killed before its serving check"]) == [models["good"].id]
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_latest_other_blessed_model_is_not_passed_over_where_it_cannot_be_evaluated(lineage, models, is_gone):
+    examples, _ = lineage.data()
+    labels = lineage.model(examples, class_names=("circle", "square", "triangle"))
+    if is_gone:
+        labels.unlink()
+    lineage.model(examples, blessed=False)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == [lineage.all["model"][-2].id]

@@ -17,6 +17,7 @@ RUN = {
     "data_findings": [],
     "data_warnings": [],
     "metrics": {
+        "has_baseline": False,
         "overall": {"accuracy": 0.925, "macro_f1": 0.9, "example_count": 40.0},
         "classes": {
             "[red]": {"recall": 0.95, "precision": 0.5, "f1": 0.655, "example_count": 30.0},
@@ -208,7 +209,7 @@ def test_print_summary_shows_the_classes_and_where_the_model_is():
     assert re.search(r"\[red\] +30 +95\.0% +50\.0% +0\.655", shown)
     assert re.search(r"square +10 +85\.0% +100\.0% +0\.919", shown)
     assert re.search(r"all +40 +92\.5% +0\.900", shown)
-    assert "Blessed: the model passed every threshold." in shown
+    assert "Blessed: the model passed every threshold; it was compared with no earlier model." in shown
     assert "Model   /runs/[x]/serving_model/1\n" in shown
     assert "Not blessed" not in shown
 

@@ -63,9 +63,13 @@ def test_compiled_job_is_a_pipeline_spec_of_every_component(compiled: dict) -> N
         "Trainer",
         "LatestBlessedModel",
         "Evaluator",
+        "ServingCheck",
         "Pusher",
     }
     assert "DataGate" in spec.root.dag.tasks["Transform"].dependent_tasks
+    blessings = spec.root.dag.tasks["Pusher"].inputs.artifacts
+    assert blessings["model_blessing"].task_output_artifact.producer_task == "Evaluator"
+    assert blessings["infra_blessing"].task_output_artifact.producer_task == "ServingCheck"
 
 
 def test_every_step_runs_in_the_given_image(compiled: dict) -> None:

@@ -36,6 +36,7 @@ COMPONENTS = [
     "Trainer",
     "LatestBlessedModel",
     "Evaluator",
+    "ServingCheck",
     "Pusher",
 ]
 LOOKUPS = {"Schema", "LatestBlessedStatistics", "LatestBlessedModel"}  # they ask the metadata store and have nothing to reuse

@@ -91,7 +91,9 @@ def test_run_fn_trains_both_stages_and_leaves_what_a_person_and_a_server_need(un
     assert history["stage"] == [HEAD] * 2 + [FINE_TUNING] * 3
     assert {len(values) for values in history.values()} == {5}
     run_dir = Path(uninterrupted["model_run_dir"])
-    assert {"history.json", "curves.png", "logs"} == {path.name for path in run_dir.iterdir()}
+    assert {"history.json", "curves.png", "logs", "reference_predictions.tfrecord.gz"} == {
+        path.name for path in run_dir.iterdir()
+    }
     assert Image.open(run_dir / "curves.png").size[0] > 300
     assert {path.name for path in (run_dir / "logs").iterdir()} == {HEAD, FINE_TUNING}
     model = Path(uninterrupted["serving_model_dir"])

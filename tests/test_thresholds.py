@@ -1,0 +1,189 @@
+import math
+
+import numpy as np
+import pytest
+from test_counts import answer, count
+
+from data.errors import InputError, validate
+from pipeline.counts import NO_ANSWER, Summary
+from pipeline.thresholds import Limit, Threshold, expand
+
+CLASS_NAMES = ("cat", "dog", "owl")
+
+
+def summarize(*groups: tuple[int, int, int, int]) -> Summary:
+    """Makes a summary of groups: images, label, the candidate's class, the baseline's class."""
+    return Summary(count([answer(*classes) for size, *classes in groups for _ in range(size)]))
+
+
+def judge(limit: Limit, summary: Summary, slice_name: str = "", areas: dict | None = None) -> tuple[float, str]:
+    return (
+        limit.shortfall(summary, CLASS_NAMES, areas or {}),
+        limit.reason(slice_name, summary, CLASS_NAMES, areas or {}),
+    )
+
+
+# 74 dogs of which 53 are found, and 100 cats.
+DOGS = summarize((53, 1, 1, NO_ANSWER), (21, 1, 0, NO_ANSWER), (100, 0, 0, NO_ANSWER))
+
+
+def test_limit_says_metric_class_slice_value_limit_and_examples():
+    limit = Limit("recall", "min", 0.75, "dog", "camera=left")
+
+    shortfall, reason = judge(limit, DOGS, "camera=left")
+
+    assert shortfall == pytest.approx(0.75 - 53 / 74)
+    assert reason == ("recall of `dog` on `camera=left` is 0.716 with 74 examples; the limit is 0.75 (evaluation.thresholds)")
+
+
+@pytest.mark.parametrize(
+    ("limit", "subject"),
+    [
+        (Limit("accuracy", "min", 0.9), "accuracy over all test images is 0.879 with 174 examples"),
+        (Limit("precision", "min", 0.9, "cat"), "precision of `cat` is 0.826 with 100 examples"),
+        (Limit("expected_calibration_error", "max", 0.01), "expected calibration error over all test images is 0.021"),
+        (Limit("log_loss", "max", 0.05), "log loss over all test images is 0.100 with 174 examples"),
+    ],
+)
+def test_limit_that_is_missed_says_its_subject(limit, subject):
+    shortfall, reason = judge(limit, DOGS)
+
+    assert shortfall > 0
+    assert reason.startswith(subject)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        Limit("accuracy", "min", 0.85),
+        Limit("recall", "min", 53 / 74, "dog"),
+        Limit("log_loss", "max", 0.11),
+        Limit("example_count", "min", 74, "dog"),
+    ],
+)
+def test_limit_that_is_met_has_no_shortfall(limit):
+    assert judge(limit, DOGS)[0] == 0.0
+
+
+def test_limit_of_examples_fails_closed_and_names_the_setting():
+    limit = Limit("example_count", "min", 10, "owl", setting="evaluation.min_class_examples")
+
+    shortfall, reason = judge(limit, DOGS)
+
+    assert shortfall == 10
+    assert reason == (
+        "`owl` has 0 test images, too few to judge it; at least 10 are needed (evaluation.min_class_examples; "
+        "evaluation.rare_classes names exceptions)"
+    )
+
+
+def test_limit_with_few_examples_waits_or_fails():
+    few = summarize((1, 1, 1, NO_ANSWER), (4, 1, 0, NO_ANSWER))
+    limit = {"metric": "recall", "kind": "min", "value": 0.5, "class_name": "dog", "slice": "camera", "min_examples": 20}
+
+    assert judge(Limit(**limit, few="wait"), few)[0] == 0.0
+    shortfall, reason = judge(Limit(**limit, few="fail"), few, "camera=left")
+    assert shortfall == 15
+    assert reason == "recall of `dog` on `camera=left` cannot be judged with 5 examples; at least 20 are needed"
+
+
+def test_limit_of_a_value_that_is_no_number_is_missed():
+    limit = Limit("roc_auc", "min", 0.8, "dog")
+
+    assert math.isnan(judge(limit, DOGS)[0])  # which TFMA refuses, as nothing compares with it
+    assert "ROC-AUC of `dog` is not a number" in judge(limit, DOGS)[1]
+    assert judge(limit, DOGS, areas={("roc_auc", "dog"): 0.9})[0] == 0.0
+    assert judge(limit, DOGS, areas={("roc_auc", "dog"): 0.7})[0] == pytest.approx(0.1)
+
+
+# The candidate is wrong on `lost` images on which the baseline is right, and the reverse on `won`.
+def compared(lost: int, won: int, both: int = 300) -> Summary:
+    return summarize((both, 0, 0, 0), (lost, 0, 1, 0), (won, 0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "is_missed"),
+    [
+        (0, 0, False),
+        (8, 8, False),  # equal
+        (4, 30, False),  # better
+        (9, 4, False),  # worse by 1.6 %, which is noise: the interval holds 0
+        (30, 4, True),  # worse by 7.8 %
+        (2, 0, False),  # within the limit
+    ],
+)
+def test_limit_of_worsening_knows_noise_from_a_regression(lost, won, is_missed):
+    shortfall, reason = judge(Limit("accuracy", "max_worsening", 0.01), compared(lost, won))
+
+    assert (shortfall > 0) is is_missed
+    if is_missed:
+        assert reason == (
+            "accuracy over all test images is 0.078 lower than the latest blessed model's (95 % interval 0.045 to 0.111), "
+            "with 334 examples; the limit is 0.01 (evaluation.thresholds)"
+        )
+
+
+def test_limit_of_worsening_within_its_value_passes_even_where_it_is_no_noise():
+    summary = compared(30, 4)
+
+    assert judge(Limit("accuracy", "max_worsening", 0.1), summary)[0] == 0.0
+    assert judge(Limit("macro_f1", "max_worsening", 0.01), summary)[0] > 0
+
+
+def test_limit_of_worsening_goes_up_for_a_loss():
+    losses = np.random.default_rng(0).normal(0.5, 0.1, 100)
+    answers = [answer(0, 0, 0, candidate_loss=loss + 0.3, baseline_loss=loss) for loss in losses]
+    limit = Limit("log_loss", "max_worsening", 0.1)
+
+    shortfall, reason = judge(limit, Summary(count(answers)))
+
+    assert shortfall == pytest.approx(0.2)
+    assert reason.startswith("log loss over all test images is 0.300 higher than the latest blessed model's")
+
+
+@pytest.mark.parametrize(
+    ("slice_name", "expected"), [("", [""]), ("camera", ["camera=left", "camera=right"]), ("camera=left", ["camera=left"])]
+)
+def test_limit_applies_to_its_slices(slice_name, expected):
+    limit = Limit("accuracy", "min", 0.5, slice=slice_name)
+
+    assert [name for name in ("", "camera=left", "camera=right", "cameras=left") if limit.applies_to(name)] == expected
+
+
+def test_expand_makes_a_limit_for_each_class_and_bound():
+    threshold = Threshold.model_validate({"metric": "f1", "class": "*", "min": 0.5, "max_worsening": 0.1})
+
+    limits = expand([threshold], CLASS_NAMES, min_class_examples=10, min_slice_examples=20)
+
+    assert [(limit.class_name, limit.kind, limit.value) for limit in limits] == [
+        (name, kind, value) for name in CLASS_NAMES for kind, value in (("min", 0.5), ("max_worsening", 0.1))
+    ]
+    assert {limit.min_examples for limit in limits} == {10}
+
+
+def test_expand_lets_values_of_a_column_wait_but_not_a_named_one():
+    thresholds = [Threshold(metric="accuracy", slice=name, min=0.5) for name in ("camera", "camera=left")]
+
+    limits = expand(thresholds, CLASS_NAMES, min_class_examples=10, min_slice_examples=20)
+
+    assert [(limit.slice, limit.few, limit.min_examples) for limit in limits] == [
+        ("camera", "wait", 20),
+        ("camera=left", "fail", 20),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"metric": "accuracy"}, "Expected a threshold to have `min`, `max` or `max_worsening`"),
+        ({"metric": "recall", "min": 0.5}, "Expected a threshold of recall to name its `class`"),
+        ({"metric": "accuracy", "class": "cat", "min": 0.5}, "Expected a threshold of accuracy without a class"),
+        ({"metric": "roc_auc", "max_worsening": 0.1}, "Expected `max_worsening` of a metric whose difference"),
+        ({"metric": "speed", "min": 1}, "metric"),
+        ({"metric": "accuracy", "minimum": 1}, "minimum"),
+    ],
+)
+def test_threshold_that_means_nothing_is_refused_in_a_line(values, message):
+    with pytest.raises(InputError, match=message) as caught:
+        validate(Threshold, values)
+    assert "\n" not in str(caught.value)
