@@ -233,7 +233,7 @@ def _components(progress: Progress) -> list[dict[str, Any]]:
 def _remove_half_pushed(folder: Path) -> None:
     """Removes versions that a killed Pusher left: it copies `saved_model.pb` last."""
     for version in folder.glob("*/"):
-        if not (version / "saved_model.pb").exists():
+        if version.name.isdecimal() and not (version / "saved_model.pb").exists():
             shutil.rmtree(version)
 
 

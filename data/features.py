@@ -19,6 +19,10 @@ BRIGHTNESS_KEY = "brightness"  # float: mean grey value, in [0, 1]
 CHANNELS_KEY = "channels"  # int64: as decoded; 1 grey, 2 grey and alpha, 3 colour, 4 colour and alpha
 FACT_KEYS = (HEIGHT_KEY, WIDTH_KEY, ASPECT_KEY, BRIGHTNESS_KEY, CHANNELS_KEY)
 RECORD_KEYS = (IMAGE_KEY, LABEL_KEY, FILENAME_KEY, *FACT_KEYS)
+# Made of the facts by the Evaluator, to slice by; no column may have their names either.
+BRIGHTNESS_GROUP = "brightness_group"  # dark or normal
+SIZE_GROUP = "size_group"  # small or normal
+RESERVED_KEYS = (*RECORD_KEYS, BRIGHTNESS_GROUP, SIZE_GROUP)
 
 TRAIN_SPLIT = "train"
 VALID_SPLIT = "valid"

@@ -27,6 +27,7 @@ from data.features import (
     LABELS_FILE,
     RECORD_KEYS,
     REPORT_FILE,
+    RESERVED_KEYS,
     SCHEMA_FILE,
     SCHEMA_FOLDER,
     SPLITS,
@@ -329,11 +330,11 @@ def _csv_header(first_row: list[str], path: str) -> tuple[list[str], bool]:
     names = [cell.strip().lower() for cell in first_row]
     if "path" in names and "label" in names:
         names = [n if n in ("path", "label", "split") else c.strip() for n, c in zip(names, first_row, strict=True)]
-        clash = [name for name in names if not name or (name in RECORD_KEYS and name != "label")]
+        clash = [name for name in names if not name or "=" in name or (name in RESERVED_KEYS and name != "label")]
         if clash or len(set(names)) != len(names):
             raise InputError(
                 f"Expected the columns of {path} to have names of their own. Received: {','.join(first_row)}. "
-                f"Rename what is empty, repeats or is one of {', '.join(RECORD_KEYS)}."
+                f"Rename what is empty, repeats, has a `=` or is one of {', '.join(RESERVED_KEYS)}."
             )
         return names, True
     if len(names) > 3 or len(names) < 2 or "label" in names:

@@ -95,14 +95,21 @@ def find_workspace(model: str, workspace: str | None) -> Path:
     """
     if workspace is not None:
         return Path(workspace).expanduser()
-    if not is_remote(model):
-        for folder in Path(model).expanduser().resolve().parents:
-            if (folder / METADATA_FILE).is_file():
-                return folder
+    if is_in_workspace(model):
+        return next(folder for folder in _folders_above(model) if (folder / METADATA_FILE).is_file())
     raise InputError(
         f"Expected {model!r} to lie in a workspace, below a folder with {METADATA_FILE}. Received: none above it. "
         "Name the workspace that made the model with --workspace."
     )
+
+
+def is_in_workspace(model: str) -> bool:
+    """Says whether a model lies in the workspace of a local run."""
+    return not is_remote(model) and any((folder / METADATA_FILE).is_file() for folder in _folders_above(model))
+
+
+def _folders_above(model: str) -> Sequence[Path]:
+    return Path(model).expanduser().resolve().parents
 
 
 def saved_model_folder(folder: str) -> str:

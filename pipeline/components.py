@@ -4,7 +4,7 @@ Called by `pipeline.pipeline`.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
 
 import ml_metadata as mlmd
@@ -28,11 +28,16 @@ from data.features import LABELS_FILE, TRAIN_SPLIT
 from data.sources import read_lines
 from models.trained import EXTRA_FOLDER
 from pipeline import drift
-from pipeline.serving_check import ServingCheckConfig, check_serving, write_serving_check
+from pipeline.serving_check import (
+    INFRA_BLESSED_FILE,
+    INFRA_NOT_BLESSED_FILE,
+    ServingCheckConfig,
+    check_serving,
+    write_serving_check,
+)
 
 MODEL_DIGEST_KEY = "model_digest"  # custom properties of an InfraBlessing
 _ANOMALIES_FILE = "SchemaDiff.pb"  # as ExampleValidator names it
-_INFRA_BLESSED_FILE, _INFRA_NOT_BLESSED_FILE = "INFRA_BLESSED", "INFRA_NOT_BLESSED"  # as InfraValidator names them
 
 
 class DataFindings(TypedDict):
@@ -169,18 +174,34 @@ def ServingCheck(  # noqa: N802 (a component's name is a class name to its users
     infra_blessing.set_string_custom_property(constants.ARTIFACT_PROPERTY_CURRENT_MODEL_URI_KEY, model.uri)
     infra_blessing.set_string_custom_property(MODEL_DIGEST_KEY, verdict["model_digest"] or "")
     # Last, and only one of them: what was cut off before it has blessed nothing.
-    name = _INFRA_BLESSED_FILE if is_blessed else _INFRA_NOT_BLESSED_FILE
+    name = INFRA_BLESSED_FILE if is_blessed else INFRA_NOT_BLESSED_FILE
     io_utils.write_string_file(os.path.join(infra_blessing.uri, name), "")
 
 
 def _blessed(
-    blessings: Iterable[types.Artifact], infra_blessings: Iterable[types.Artifact]
+    store: mlmd.MetadataStore, blessings: Sequence[types.Artifact], infra_blessings: Sequence[types.Artifact]
 ) -> Iterator[tuple[types.Artifact, int]]:
-    """Yields the Evaluator's blessings of models that the serving check blessed too, latest first, each with its model's id."""
-    servable = {_model_id(blessing) for blessing in infra_blessings if _is_blessing(blessing)}
-    for blessing in sorted(blessings, key=lambda artifact: artifact.id, reverse=True):
-        if _is_blessing(blessing) and _model_id(blessing) in servable:
-            yield blessing, _model_id(blessing)
+    """Yields the Evaluator's blessing of each model that the serving check has not refused, latest first, with the model's id.
+
+    Of several verdicts on a model the latest counts, and one that a later run reused is as late as that run. A model without a
+    serving check, of a run that was killed before it or of an earlier version, counts as one to compare with.
+    """
+    evaluations, checks = (_latest_verdicts(store, artifacts) for artifacts in (blessings, infra_blessings))
+    for model_id, blessing in evaluations.items():
+        if _is_blessing(blessing) and (model_id not in checks or _is_blessing(checks[model_id])):
+            yield blessing, model_id
+
+
+def _latest_verdicts(store: mlmd.MetadataStore, artifacts: Sequence[types.Artifact]) -> dict[int, types.Artifact]:
+    """Returns the latest verdict on each model, by the model's id, latest first."""
+    put_out: dict[int, int] = {}
+    for event in store.get_events_by_artifact_ids([artifact.id for artifact in artifacts]):
+        if event.type == metadata_store_pb2.Event.OUTPUT:
+            put_out[event.artifact_id] = max(event.execution_id, put_out.get(event.artifact_id, 0))
+    verdicts: dict[int, types.Artifact] = {}
+    for artifact in sorted(artifacts, key=lambda artifact: put_out.get(artifact.id, 0), reverse=True):
+        verdicts.setdefault(_model_id(artifact), artifact)
+    return verdicts
 
 
 def _is_blessing(artifact: types.Artifact) -> bool:
@@ -218,7 +239,7 @@ class LatestBlessedStatisticsStrategy(ResolverStrategy):
         (current,) = input_dict["statistics"]
         current_examples = _examples_of(store, current)
         models = {model.id: model for model in input_dict["model"]}
-        for _, model_id in _blessed(input_dict["model_blessing"], input_dict["infra_blessing"]):
+        for _, model_id in _blessed(store, input_dict["model_blessing"], input_dict["infra_blessing"]):
             if model_id not in models or not self._has_class_names(models[model_id]):
                 continue
             examples = _examples_of(store, models[model_id])
@@ -268,11 +289,10 @@ class LatestOtherBlessedModelStrategy(ResolverStrategy):
         self, store: mlmd.MetadataStore, input_dict: dict[str, list[types.Artifact]]
     ) -> dict[str, list[types.Artifact]]:
         """Resolves `model` among all of the pipeline's, by both blessings; `candidate` is this run's model."""
-        del store  # the artifacts carry all that is needed
         (candidate,) = input_dict["candidate"]
         models = {model.id: model for model in input_dict["model"]}
         baseline = []
-        for blessing, model_id in _blessed(input_dict["model_blessing"], input_dict["infra_blessing"]):
+        for blessing, model_id in _blessed(store, input_dict["model_blessing"], input_dict["infra_blessing"]):
             if model_id == candidate.id:
                 model_id = blessing.get_int_custom_property(constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY)
                 baseline = [models[model_id]] if model_id in models else []

@@ -24,8 +24,8 @@ from models.head import TrainingConfig
 from models.tflite import ExportConfig
 from models.tuner import TunerConfig
 from pipeline.components import DataGateConfig
-from pipeline.evaluation import EvaluationConfig
 from pipeline.serving_check import ServingCheckConfig
+from pipeline.thresholds import EvaluationConfig
 from pipeline.vertex import VertexConfig
 from preprocessing.augment import AugmentationConfig
 from preprocessing.images import InputSpec, PreprocessingConfig

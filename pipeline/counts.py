@@ -154,6 +154,11 @@ class Summary:
         """Images to which the candidate gave no probabilities."""
         return int(self._images[self._candidate == NO_ANSWER].sum())
 
+    @property
+    def num_unanswered_by_baseline(self) -> int:
+        """Images to which the baseline gave none; all, where there is no baseline."""
+        return int(self._images[self._baseline == NO_ANSWER].sum())
+
     def examples_of(self, class_index: int) -> int:
         """Returns how many images of a class there are."""
         return int(self._images[self._labels == class_index].sum())
@@ -189,7 +194,7 @@ class Summary:
         if metric == LOG_LOSS:
             return float(self.counts.losses[0 if predicted is self._candidate else 2] / self.num_examples)
         if metric == CALIBRATION_ERROR:
-            return float(_calibration_error(self.counts.bins))
+            return self._calibration[0]
         return float(_pick(self._from_outcomes(predicted, metric, self._images[None]), class_index)[0])
 
     def interval(self, metric: str, class_index: int | None = None) -> Interval | None:
@@ -213,17 +218,17 @@ class Summary:
             return wilson_interval(right[self._labels == class_index].sum(), predicted)
         if metric == LOG_LOSS:
             return _normal_interval(self.counts.losses[0], self.counts.losses[1], self.num_examples)
-        drawn = (
-            self._calibration_interval()
-            if metric == CALIBRATION_ERROR
-            else _percentiles(_pick(self._drawn("candidate", metric), class_index))
-        )
-        return drawn if drawn[0] < drawn[1] else None  # of a few images that are all alike
+        if metric == CALIBRATION_ERROR:
+            return self._calibration[1]
+        low, high = _percentiles(_pick(self._drawn("candidate", metric), class_index))
+        return (low, high) if low < high else None  # of a few images that are all alike
 
     def change(self, metric: str, class_index: int | None = None) -> tuple[float, Interval]:
         """Returns the candidate's value less the baseline's, and the 95 % interval of that difference.
 
-        Both answered the same images, so the interval is of the paired difference, which is much narrower than either model's.
+        Both answered the same images, so the interval is of the paired difference, which is much narrower than either model's:
+        of shares that of Agresti and Min 2005 (https://doi.org/10.1002/sim.1781), of the log loss the normal one, of the others
+        a bootstrap's.
         """
         if metric == LOG_LOSS:
             return (
@@ -231,7 +236,48 @@ class Summary:
                 _normal_interval(self.counts.losses[3], self.counts.losses[4], self.num_examples),
             )
         change = self.value(metric, class_index) - self.baseline_value(metric, class_index)
-        return change, _percentiles(_pick(self._drawn("candidate", metric) - self._drawn("baseline", metric), class_index))
+        if metric in (ACCURACY, RECALL):
+            won, lost, count = self._disagreements(class_index)
+            if not count:
+                return change, (math.nan, math.nan)
+            # Half an image is added to each of the four outcomes.
+            middle = (won - lost) / (count + 2)
+            margin = _Z * math.sqrt(max((won + lost + 1) - (won - lost) ** 2 / (count + 2), 0)) / (count + 2)
+            return change, (max(middle - margin, -1.0), min(middle + margin, 1.0))
+        return change, _percentiles(self._drawn_change(metric, class_index))
+
+    def chance_of_worse(self, metric: str, class_index: int | None = None) -> float:
+        """Returns how likely a candidate as good as the baseline would look as much worse as this one, or more, by chance.
+
+        Of shares it is McNemar's exact test on the images that one of the two has right, with half the weight for the observed
+        number (mid-p; Fagerland et al. 2013, https://doi.org/10.1186/1471-2288-13-91); of the others by the normal distribution
+        with the spread of the log loss, or of a bootstrap.
+        """
+        if metric in (ACCURACY, RECALL):
+            won, lost, _ = self._disagreements(class_index)
+            trials = int(won + lost)
+            if not trials:
+                return 1.0
+            test = scipy.stats.binom(trials, 0.5)
+            return float(test.sf(lost) + test.pmf(lost) / 2)
+        if metric == LOG_LOSS:
+            change, (low, high) = self.change(metric)
+            spread = (high - low) / 2 / _Z
+        else:
+            change = self.baseline_value(metric, class_index) - self.value(metric, class_index)
+            spread = float(self._drawn_change(metric, class_index).std())
+        return float(scipy.stats.norm.sf(change / spread)) if spread else float(change <= 0)
+
+    def _disagreements(self, class_index: int | None) -> tuple[float, float, float]:
+        """Returns the images that the candidate alone has right, those that the baseline alone has right, and all."""
+        chosen = self._labels == class_index if class_index is not None else np.ones_like(self._labels, bool)
+        ours, theirs = self._labels == self._candidate, self._labels == self._baseline
+        won, lost = (self._images[chosen & one & ~other].sum() for one, other in ((ours, theirs), (theirs, ours)))
+        return float(won), float(lost), float(self._images[chosen].sum())
+
+    def _drawn_change(self, metric: str, class_index: int | None) -> np.ndarray:
+        ours, theirs = (_pick(self._drawn(model, metric), class_index) for model in ("candidate", "baseline"))
+        return ours - theirs
 
     @functools.cached_property
     def _draws(self) -> np.ndarray:
@@ -273,19 +319,31 @@ class Summary:
         occurs = (true > 0) | (named > 0)
         return (values * occurs).sum(axis=1) / occurs.sum(axis=1)
 
-    def _calibration_interval(self) -> Interval:
+    @functools.cached_property
+    def _calibration(self) -> tuple[float, Interval | None]:
+        """Returns the expected calibration error and its interval, both less what chance adds to it.
+
+        Noise makes gaps larger: a few dozen answers of a perfectly calibrated model have an error above 0.1. What a calibrated
+        model with these probabilities would show is taken off as a square, as noise and gap add up like that; images that are
+        drawn from these have the noise twice.
+        """
         count, confidence, right = self.counts.bins.T
-        cells = np.concatenate([right, count - right])
-        if not cells.sum():
-            return (math.nan, math.nan)
-        draws = np.random.default_rng(_SEED).multinomial(int(count.sum()), cells / cells.sum(), _NUM_DRAWS)
-        hits, misses = draws[:, :NUM_BINS], draws[:, NUM_BINS:]
+        if not count.sum():
+            return math.nan, None
+        random = np.random.default_rng(_SEED)
         means = np.divide(confidence, count, out=np.zeros(NUM_BINS), where=count > 0)
-        drawn = np.stack([hits + misses, (hits + misses) * means, hits], axis=-1)
-        errors = _calibration_error(drawn)
-        # A drawn error is larger on average, as noise adds to every bin: the interval is put back around the value.
-        low, high = _percentiles(errors - errors.mean() + _calibration_error(self.counts.bins))
-        return max(low, 0.0), high
+
+        def errors(images: np.ndarray, hits: np.ndarray) -> np.ndarray:
+            return _calibration_error(np.stack(np.broadcast_arrays(images, images * means, hits), axis=-1))
+
+        hits_by_chance = random.binomial(count.astype(int), np.clip(means, 0, 1), (_NUM_DRAWS, NUM_BINS))
+        noise = np.square(errors(count, hits_by_chance)).mean()
+        cells = np.concatenate([right, count - right])
+        drawn = random.multinomial(int(count.sum()), cells / cells.sum(), _NUM_DRAWS)
+        hits, misses = drawn[:, :NUM_BINS], drawn[:, NUM_BINS:]
+        value = math.sqrt(max(float(_calibration_error(self.counts.bins)) ** 2 - noise, 0.0))
+        low, high = _percentiles(np.sqrt(np.maximum(np.square(errors(hits + misses, hits)) - 2 * noise, 0)))
+        return value, (min(low, value), max(high, value))
 
 
 def wilson_interval(successes: float, trials: float) -> Interval | None:

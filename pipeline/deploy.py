@@ -78,7 +78,10 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     record = push.add_mutually_exclusive_group()
     record.add_argument("--workspace", metavar="DIR", help="that made the model (default: the one that the model lies in)")
     record.add_argument(
-        "--blessing", metavar="DIR", help="folder with the serving check's verdict, serving_check.json, instead of a workspace"
+        "--blessing",
+        metavar="DIR",
+        help="folder with the serving check's verdict, serving_check.json, "
+        "for a model that is away from its workspace; a later verdict is not known there",
     )
     push.add_argument("--debug", action="store_true", help="show the traceback of an error")
     push.set_defaults(command=_push)
@@ -87,7 +90,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
     with live(console, Spinner("dots", "Loading TensorFlow"), transient=True):
-        from pipeline.blessing import find_workspace, missing_blessing, open_metadata, saved_model_folder
+        from pipeline.blessing import (
+            find_workspace,
+            is_in_workspace,
+            missing_blessing,
+            open_metadata,
+            saved_model_folder,
+        )
         from pipeline.model_digest import model_digest
         from pipeline.versions import push_model
 
@@ -98,7 +107,7 @@ def _push(arguments: argparse.Namespace, console: Console) -> None:
         if arguments.blessing:
             record = arguments.blessing
             missing = _missing_in_verdict(os.path.expanduser(record), digest)
-        else:
+        if not arguments.blessing or (not missing and is_in_workspace(model)):  # where a later verdict may be on record
             record = find_workspace(model, arguments.workspace)
             with open_metadata(record) as store:
                 missing = missing_blessing(store, digest)
@@ -133,7 +142,9 @@ def _serving_folder(destination: str, model: str) -> str:
 
 def _missing_in_verdict(folder: str, digest: str) -> str:
     """Returns what a serving check's own record lacks for a model to be pushed; empty if it lacks nothing."""
-    from pipeline.serving_check import SERVING_CHECK_FILE, read_serving_check
+    import tensorflow as tf
+
+    from pipeline.serving_check import INFRA_BLESSED_FILE, SERVING_CHECK_FILE, read_serving_check
 
     try:
         verdict = read_serving_check(folder)
@@ -148,6 +159,8 @@ def _missing_in_verdict(folder: str, digest: str) -> str:
     if verdict.get("blessed") is not True:
         reasons = verdict.get("reasons") or ["it gave no reason"]
         return f"the serving check refused this very model: {reasons[0]}. Mend it and run the pipeline again."
+    if not tf.io.gfile.exists(os.path.join(folder, INFRA_BLESSED_FILE)):
+        return f"there is no {INFRA_BLESSED_FILE} in {folder}, so the serving check did not finish. Run the pipeline again."
     if verdict.get("evaluator_blessed") is not True:
         return "the serving check blessed it, but the Evaluator refused this very model. Train a better one."
     return ""

@@ -8,15 +8,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
 import tensorflow_model_analysis as tfma
 from google.protobuf import text_format
 from tensorflow_model_analysis.proto import config_pb2, validation_result_pb2  # TFMA 0.52 does not carry them at its top
 
-from data.errors import InputError
-from data.features import LABEL_KEY, transformed_name
+from data.features import BRIGHTNESS_GROUP, LABEL_KEY, SIZE_GROUP, transformed_name
 from models.signatures import EXAMPLES, PROBABILITIES, TRANSFORM_FEATURES
 from pipeline.counts import (
     ACCURACY,
@@ -37,11 +35,9 @@ from pipeline.counts import (
     pr_auc_interval,
     roc_auc_interval,
 )
-from pipeline.extractors import BRIGHTNESS_GROUP, SIZE_GROUP
-from pipeline.metrics import COUNTS, INCOMPARABLE, SUMMARIES, UNANSWERED, Judgement
-from pipeline.thresholds import EVERY_CLASS, Limit, Threshold, expand
+from pipeline.metrics import COUNTS, INCOMPARABLE, SUMMARIES, UNANSWERED, Judgement, areas_of, missed
+from pipeline.thresholds import MAX_CLASSES_WITH_AREAS, EvaluationConfig, Limit, limits_of
 
-MAX_CLASSES_WITH_AREAS = 50  # TFMA keeps a histogram for each class and slice
 TOP_K = 5
 MIN_CLASSES_FOR_TOP_K = 11
 _CONFUSION_MATRIX = "confusion_matrix"
@@ -49,45 +45,6 @@ _NUM_THRESHOLDS = 1_000  # of the areas' histograms; TFMA's own 10,000 take ten 
 _IN_CLASSES = (PRECISION, RECALL, F1)
 _IN_SLICES = (ACCURACY, LOG_LOSS, CALIBRATION_ERROR)
 _CHANGES = (ACCURACY, MACRO_F1, MACRO_PRECISION, MACRO_RECALL, LOG_LOSS)
-
-
-class EvaluationConfig(pydantic.BaseModel):
-    """What a model must reach on the test split to be blessed.
-
-    Attributes:
-      min_accuracy: of all test images, in [0, 1].
-      min_class_accuracy: of the test images of each class (its recall), in [0, 1].
-      min_slice_accuracy: of each value of each extra column, in [0, 1].
-      max_calibration_error: highest expected calibration error over all test images, in [0, 1].
-      max_accuracy_drop: how much less accurate than the latest blessed model it may be, in [0, 1]; more than that is refused
-        where it is more than noise, that is, where the 95 % interval of the difference lies below 0.
-      max_class_accuracy_drop: the same for each class.
-      max_slice_accuracy_drop: the same for each value of each extra column.
-      min_class_examples: test images that each class must have to be judged; with fewer the model is refused.
-      rare_classes: classes that may have fewer; they are then not judged.
-      min_slice_examples: test images that a value of a column must have to be judged; with fewer it is only listed.
-      thresholds: further ones, for any metric, class and slice.
-      compare_with: the latest blessed model, or nothing, for a run whose classes are meant to differ from it.
-      dark_below: mean grey value in [0, 1] below which an image is sliced as dark.
-      small_side: pixels below which an image's shorter side is sliced as small; 0 for the size that the network sees.
-    """
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    min_accuracy: float = pydantic.Field(0.7, ge=0, le=1)
-    min_class_accuracy: float = pydantic.Field(0.5, ge=0, le=1)
-    min_slice_accuracy: float = pydantic.Field(0.6, ge=0, le=1)
-    max_calibration_error: float = pydantic.Field(0.15, ge=0, le=1)
-    max_accuracy_drop: float = pydantic.Field(0.01, ge=0, le=1)
-    max_class_accuracy_drop: float = pydantic.Field(0.1, ge=0, le=1)
-    max_slice_accuracy_drop: float = pydantic.Field(0.1, ge=0, le=1)
-    min_class_examples: int = pydantic.Field(10, ge=1)
-    rare_classes: tuple[str, ...] = ()
-    min_slice_examples: int = pydantic.Field(20, ge=1)
-    thresholds: tuple[Threshold, ...] = ()
-    compare_with: Literal["latest_blessed", "nothing"] = "latest_blessed"
-    dark_below: float = pydantic.Field(0.25, ge=0, le=1)
-    small_side: int = pydantic.Field(0, ge=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,76 +82,6 @@ class Evaluation:
         return self.baseline is not None
 
 
-def limits_of(config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str]) -> list[Limit]:
-    """Makes every limit that a model is judged by.
-
-    Args:
-      config: thresholds.
-      class_names: the ordered class list.
-      columns: extra columns to slice by.
-
-    Raises:
-      InputError: if a threshold speaks of a class or a slice that the data does not have.
-    """
-    _check_names(config, class_names, columns)
-    judged = [name for name in class_names if name not in config.rare_classes]
-    limits = [
-        Limit(EXAMPLE_COUNT, "min", config.min_class_examples, name, setting="evaluation.min_class_examples") for name in judged
-    ]
-    limits.append(Limit(ACCURACY, "min", config.min_accuracy, setting="evaluation.min_accuracy"))
-    limits.append(Limit(CALIBRATION_ERROR, "max", config.max_calibration_error, setting="evaluation.max_calibration_error"))
-    limits.append(Limit(ACCURACY, "max_worsening", config.max_accuracy_drop, setting="evaluation.max_accuracy_drop"))
-    for kind, value, setting in (
-        ("min", config.min_class_accuracy, "evaluation.min_class_accuracy"),
-        ("max_worsening", config.max_class_accuracy_drop, "evaluation.max_class_accuracy_drop"),
-    ):
-        # A class with too few images is refused once, by their number.
-        limits += [
-            Limit(RECALL, kind, value, name, min_examples=config.min_class_examples, few="wait", setting=setting)
-            for name in class_names
-        ]
-    for kind, value, setting in (
-        ("min", config.min_slice_accuracy, "evaluation.min_slice_accuracy"),
-        ("max_worsening", config.max_slice_accuracy_drop, "evaluation.max_slice_accuracy_drop"),
-    ):
-        limits += [
-            Limit(ACCURACY, kind, value, "", column, config.min_slice_examples, few="wait", setting=setting)
-            for column in columns
-        ]
-    limits += expand(
-        config.thresholds,
-        class_names,
-        min_class_examples=config.min_class_examples,
-        min_slice_examples=config.min_slice_examples,
-    )
-    if config.compare_with == "nothing":
-        limits = [limit for limit in limits if limit.kind != "max_worsening"]
-    return list({limit.name: limit for limit in limits}.values())
-
-
-def _check_names(config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str]) -> None:
-    named = [threshold.class_name for threshold in config.thresholds if threshold.class_name not in ("", EVERY_CLASS)]
-    if unknown := sorted({*named, *config.rare_classes} - set(class_names)):
-        raise InputError(
-            f"Expected `evaluation.thresholds` and `evaluation.rare_classes` to name classes of the data "
-            f"({', '.join(class_names)}). Received: {', '.join(unknown)}."
-        )
-    sliced = {threshold.slice.partition("=")[0] for threshold in config.thresholds if threshold.slice}
-    known = (*columns, LABEL_KEY, BRIGHTNESS_GROUP, SIZE_GROUP)
-    if unknown := sorted(sliced - set(known)):
-        raise InputError(
-            f"Expected the `slice` of `evaluation.thresholds` to be one of {', '.join(known)}, or one with a value "
-            f"(`{known[0]}=...`). Received: {', '.join(unknown)}."
-        )
-    if len(class_names) > MAX_CLASSES_WITH_AREAS and any(
-        threshold.metric in (ROC_AUC, PR_AUC) for threshold in config.thresholds
-    ):
-        raise InputError(
-            f"Expected thresholds of roc_auc and pr_auc with at most {MAX_CLASSES_WITH_AREAS} classes, as they are not "
-            f"computed for more. Received: {len(class_names)} classes. Take f1."
-        )
-
-
 def eval_config(
     config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str], *, image_size: int, code: str
 ) -> config_pb2.EvalConfig:
@@ -214,7 +101,8 @@ def eval_config(
     settings = {
         "name": COUNTS,
         "class_names": list(class_names),
-        "limits": [limit.to_dict() for limit in limits],
+        "columns": list(columns),
+        "config": config.model_dump(mode="json"),
         "dark_below": config.dark_below,
         "small_side": config.small_side or image_size,
         "code": code,
@@ -222,14 +110,11 @@ def eval_config(
     judgement = config_pb2.MetricConfig(class_name=Judgement.__name__, module=Judgement.__module__, config=json.dumps(settings))
     specs = _standard_metrics(class_names)
     specs.append(config_pb2.MetricsSpec(metrics=[judgement]))  # the last, as it reads the others
-    for name, slice_spec in _judged_slices(limits, compares=config.compare_with != "nothing"):
-        thresholds = specs[-1].per_slice_thresholds[name].thresholds
-        thresholds.append(
+    for name, slice_spec in _judged_slices(limits, compares=config.compare_with != "nothing").items():
+        threshold = config_pb2.GenericValueThreshold(upper_bound={"value": 0.0})
+        specs[-1].per_slice_thresholds[name].thresholds.append(
             config_pb2.PerSliceMetricThreshold(
-                slicing_specs=[slice_spec],
-                threshold=config_pb2.MetricThreshold(
-                    value_threshold=config_pb2.GenericValueThreshold(upper_bound={"value": 0.0})
-                ),
+                slicing_specs=[slice_spec], threshold=config_pb2.MetricThreshold(value_threshold=threshold)
             )
         )
     by_class = [[LABEL_KEY]] if len(class_names) <= MAX_CLASSES_WITH_AREAS else []
@@ -250,12 +135,7 @@ def eval_config(
 
 def _standard_metrics(class_names: Sequence[str]) -> list[config_pb2.MetricsSpec]:
     """Returns what TFMA has itself."""
-    overall = config_pb2.MetricsSpec(
-        metrics=[
-            config_pb2.MetricConfig(class_name="ExampleCount"),
-            config_pb2.MetricConfig(class_name="MultiClassConfusionMatrixPlot", config=f'"name": "{_CONFUSION_MATRIX}"'),
-        ]
-    )
+    overall = config_pb2.MetricsSpec(metrics=[config_pb2.MetricConfig(class_name="ExampleCount")])
     if len(class_names) >= MIN_CLASSES_FOR_TOP_K:
         overall.metrics.append(
             config_pb2.MetricConfig(
@@ -264,6 +144,10 @@ def _standard_metrics(class_names: Sequence[str]) -> list[config_pb2.MetricsSpec
         )
     if len(class_names) > MAX_CLASSES_WITH_AREAS:
         return [overall]
+    # Its matrix is in our counts too; this is for those who look at the results with TFMA.
+    overall.metrics.append(
+        config_pb2.MetricConfig(class_name="MultiClassConfusionMatrixPlot", config=f'"name": "{_CONFUSION_MATRIX}"')
+    )
     areas = config_pb2.MetricsSpec(
         metrics=[
             config_pb2.MetricConfig(class_name=name, config=json.dumps({"name": metric, "num_thresholds": _NUM_THRESHOLDS}))
@@ -275,20 +159,17 @@ def _standard_metrics(class_names: Sequence[str]) -> list[config_pb2.MetricsSpec
     return [overall, areas]
 
 
-def _judged_slices(limits: Iterable[Limit], *, compares: bool) -> Iterable[tuple[str, config_pb2.SlicingSpec]]:
-    """Yields the names of what must be 0, each with the slice in which it must be."""
-    everything = config_pb2.SlicingSpec()
-    yield UNANSWERED, everything
-    if compares:
-        yield INCOMPARABLE, everything
+def _judged_slices(limits: Iterable[Limit], *, compares: bool) -> dict[str, config_pb2.SlicingSpec]:
+    """Returns the names of what must be 0, each with the slice in which it must be."""
+    found = dict.fromkeys([UNANSWERED, INCOMPARABLE] if compares else [UNANSWERED], config_pb2.SlicingSpec())
     for limit in limits:
         column, is_value, value = limit.slice.partition("=")
-        if not column:
-            yield limit.name, everything
-        elif is_value:
-            yield limit.name, config_pb2.SlicingSpec(feature_values={column: value})
+        if is_value:
+            spec = config_pb2.SlicingSpec(feature_values={column: value})
         else:
-            yield limit.name, config_pb2.SlicingSpec(feature_keys=[column])
+            spec = config_pb2.SlicingSpec(feature_keys=[column] if column else [])
+        found[missed(limit.slice)] = spec
+    return found
 
 
 def read_evaluation(path: str, class_names: Sequence[str]) -> Evaluation:
@@ -303,15 +184,16 @@ def read_evaluation(path: str, class_names: Sequence[str]) -> Evaluation:
     has_baseline = len(config.model_specs) > 1
     result = tfma.load_eval_result(path, model_name=tfma.CANDIDATE_KEY if has_baseline else None)
     metrics = {_slice_name(key): values[""] for key, values in result.slicing_metrics}
-    summaries = {name: Summary(Counts.from_json(_bytes(values[""][COUNTS]))) for name, values in metrics.items()}
-    areas = {name: _areas(values, class_names) for name, values in metrics.items()}
-    limits = _read_limits(config)
+    counts = {name: Counts.from_json(_bytes(values[""][COUNTS])) for name, values in metrics.items()}
+    areas = {
+        name: areas_of(Summary(counts[name]), _areas(values, class_names), class_names) for name, values in metrics.items()
+    }
     validation = tfma.load_validation_result(path)
-    judged = _Judged(class_names, summaries, areas, limits)
+    judged = _Judged(class_names, counts, areas)
     return Evaluation(
         **judged.metrics(metrics[""][""]),
         baseline=judged.baseline() if has_baseline else None,
-        reasons=[] if validation.validation_ok else judged.reasons(validation),
+        reasons=[] if validation.validation_ok else judged.reasons(validation, _read_limits(config)),
     )
 
 
@@ -320,13 +202,12 @@ class _Judged:
     """The slices of one evaluation."""
 
     class_names: Sequence[str]
-    summaries: Mapping[str, Summary]
+    counts: Mapping[str, Counts]
     areas: Mapping[str, Mapping[tuple[str, str], float]]
-    limits: Mapping[str, Limit]
 
     def metrics(self, of_tfma: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of an `Evaluation` that are metrics."""
-        summary, areas = self.summaries[""], self.areas[""]
+        summary, areas = Summary(self.counts[""]), self.areas[""]
         overall = {metric: summary.value(metric) for metric in SUMMARIES}
         overall |= {metric: value for (metric, name), value in areas.items() if not name}
         top_k = f"top_{TOP_K}_accuracy"
@@ -344,19 +225,12 @@ class _Judged:
                 found[ROC_AUC] = roc_auc_interval(classes[name][ROC_AUC], count, summary.num_examples - count)
                 found[PR_AUC] = pr_auc_interval(classes[name][PR_AUC], count)
             class_intervals[name] = _given(found)
-        slices = {name: of for name, of in sorted(self.summaries.items()) if name}
-        in_slices = {
-            name: {metric: of.value(metric) for metric in (*_in_slice(name), EXAMPLE_COUNT)} for name, of in slices.items()
-        }
-        slice_intervals = {
-            name: _given({metric: of.interval(metric) for metric in _in_slice(name)}) for name, of in slices.items()
-        }
-        for name, of in slices.items():
-            for index, class_name in enumerate(self.class_names if _is_crossed(name, self.class_names) else ()):
-                if count := of.examples_of(index):
-                    crossing = f"{name}, {LABEL_KEY}={class_name}"
-                    in_slices[crossing] = {ACCURACY: of.value(RECALL, index), EXAMPLE_COUNT: float(count)}
-                    slice_intervals[crossing] = _given({ACCURACY: of.interval(RECALL, index)})
+        in_slices, slice_intervals = {}, {}
+        for name, counts in self.counts.items():
+            if name:
+                values, intervals = self._slice(name, Summary(counts))  # what it draws is let go with it
+                in_slices |= values
+                slice_intervals |= intervals
         return {
             "overall": overall,
             "classes": classes,
@@ -379,10 +253,26 @@ class _Judged:
             ],
         }
 
+    def _slice(self, name: str, summary: Summary) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
+        """Returns metrics and intervals of a slice, and of its classes where those are listed one by one."""
+        # An average over classes says nothing where there is one class.
+        metrics = _IN_SLICES if name.startswith(f"{LABEL_KEY}=") else (*_IN_SLICES, MACRO_F1)
+        values = {name: {metric: summary.value(metric) for metric in (*metrics, EXAMPLE_COUNT)}}
+        intervals = {name: _given({metric: summary.interval(metric) for metric in metrics})}
+        if name.startswith(f"{LABEL_KEY}=") or len(self.class_names) > MAX_CLASSES_WITH_AREAS:
+            return values, intervals
+        for index, class_name in enumerate(self.class_names):
+            if count := summary.examples_of(index):
+                crossing = f"{name}, {LABEL_KEY}={class_name}"
+                values[crossing] = {ACCURACY: summary.value(RECALL, index), EXAMPLE_COUNT: float(count)}
+                intervals[crossing] = _given({ACCURACY: summary.interval(RECALL, index)})
+        return values, intervals
+
     def baseline(self) -> dict[str, Any]:
         """Returns what is known of the latest blessed model on the same images."""
-        summary = self.summaries[""]
-        if problem := summary.counts.baseline_problem:
+        summary = Summary(self.counts[""])
+        if summary.num_unanswered_by_baseline:
+            problem = summary.counts.baseline_problem
             return {"problem": problem, "overall": {}, "classes": {}, "changes": {}}
         changes = {metric: summary.change(metric) for metric in _CHANGES}
         changes |= {f"{RECALL} of {name}": summary.change(RECALL, index) for index, name in enumerate(self.class_names)}
@@ -396,8 +286,8 @@ class _Judged:
             "changes": {name: {"change": change, "interval": list(interval)} for name, (change, interval) in changes.items()},
         }
 
-    def reasons(self, validation: validation_result_pb2.ValidationResult) -> list[str]:
-        """Turns TFMA's validation result into a sentence for each threshold that was missed."""
+    def reasons(self, validation: validation_result_pb2.ValidationResult, limits: Sequence[Limit]) -> list[str]:
+        """Turns TFMA's validation result into a sentence for each limit that was missed."""
         reasons = []
         slices = {
             _slice_name([(key.column, _slice_value(key)) for key in in_slice.slice_key.single_slice_keys]): in_slice
@@ -407,30 +297,24 @@ class _Judged:
             failed = {failure.metric_key.name for failure in in_slice.failures}
             if absent := [failure.metric_key.name for failure in in_slice.failures if failure.message]:
                 return [f"the Evaluator did not compute `{absent[0]}`, so the model cannot be judged"]
-            summary = self.summaries[name]
+            summary, areas = Summary(self.counts[name]), self.areas[name]
             if UNANSWERED in failed:
                 return [_unanswered(summary)]  # nothing else means anything then
             if INCOMPARABLE in failed:
                 reasons.append(_incomparable(summary.counts.baseline_problem))
+            has_baseline = not summary.num_unanswered_by_baseline
             reasons += [
-                limit.reason(name, summary, self.class_names, self.areas[name])
-                for limit_name, limit in self.limits.items()
-                if limit_name in failed
+                limit.reason(name, summary, self.class_names, areas)
+                for limit in limits
+                if missed(limit.slice) in failed
+                and (limit.kind != "max_worsening" or has_baseline)
+                and limit.is_missed(summary, self.class_names, areas)
             ]
         for missing in validation.missing_slices:
             values = [*missing.feature_values.items(), *((key, "any") for key in missing.feature_keys)]
             reasons.append(f"no test image has `{_slice_name(values)}`, so it cannot be judged")
+        reasons = list(dict.fromkeys(reasons))
         return reasons or [f"the Evaluator refused it: {text_format.MessageToString(validation, as_one_line=True)[:300]}"]
-
-
-def _in_slice(name: str) -> tuple[str, ...]:
-    """Returns the metrics of a slice; an average over classes says nothing where there is one class."""
-    return _IN_SLICES if name.startswith(f"{LABEL_KEY}=") else (*_IN_SLICES, MACRO_F1)
-
-
-def _is_crossed(name: str, class_names: Sequence[str]) -> bool:
-    """Says whether a slice's classes are listed one by one too: not a class's own, nor where there would be too many."""
-    return not name.startswith(f"{LABEL_KEY}=") and len(class_names) <= MAX_CLASSES_WITH_AREAS
 
 
 def _unanswered(summary: Summary) -> str:
@@ -445,7 +329,7 @@ def _incomparable(problem: str) -> str:
     )
 
 
-def _read_limits(config: config_pb2.EvalConfig) -> dict[str, Limit]:
+def _read_limits(config: config_pb2.EvalConfig) -> list[Limit]:
     """Reads the limits back that `eval_config` wrote."""
     (settings,) = [
         json.loads(metric.config)
@@ -453,20 +337,17 @@ def _read_limits(config: config_pb2.EvalConfig) -> dict[str, Limit]:
         for metric in spec.metrics
         if metric.class_name == Judgement.__name__
     ]
-    limits = [Limit(**limit) for limit in settings["limits"]]
-    return {limit.name: limit for limit in limits}
+    return limits_of(EvaluationConfig.model_validate(settings["config"]), settings["class_names"], settings["columns"])
 
 
 def _areas(values: Mapping[str, Mapping[str, Any]], class_names: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Finds TFMA's areas under the curves in a loaded result: (metric, class or empty) -> value."""
-    areas = {}
-    for sub_key, metrics in values.items():
-        name = class_names[int(sub_key.partition(":")[2])] if sub_key.startswith("classId:") else ""
-        for key, value in metrics.items():
-            metric = key.rpartition("\n_")[2]  # TFMA puts the aggregation before the name of a macro average
-            if metric in (ROC_AUC, PR_AUC):
-                areas[metric, name] = float(value["doubleValue"])
-    return areas
+    """Finds TFMA's areas under the curves of classes in a loaded result: (metric, class) -> value."""
+    return {
+        (metric, class_names[int(sub_key.partition(":")[2])]): float(metrics[metric]["doubleValue"])
+        for sub_key, metrics in values.items()
+        for metric in (ROC_AUC, PR_AUC)
+        if sub_key.startswith("classId:") and metric in metrics
+    }
 
 
 def _bytes(value: Mapping[str, Any]) -> bytes:

@@ -1,8 +1,8 @@
 """How the Evaluator asks the models: TFX calls `custom_extractors`, the Evaluator's own hook, in the place of TFMA's default.
 
 Each image goes through the `examples` signature of both models once, in batches of a size that fits any memory, and its bytes
-go no further. What a model does wrong (it does not load, has other classes, answers with what is no number) becomes an image
-without an answer and a problem in words, so that the gate refuses the model and says why, where TFMA would end in a stack trace.
+go no further. What a model does wrong (it does not load, has other classes, answers with what is no number) becomes images
+without an answer and a problem in words, so that the gate refuses it and says why, where TFMA would end in a stack trace.
 """
 
 import functools
@@ -20,24 +20,34 @@ from tensorflow_model_analysis.extractors import extractor, features_extractor, 
 from tensorflow_model_analysis.proto import config_pb2
 from tensorflow_model_analysis.utils import model_util
 
-from data.features import BRIGHTNESS_KEY, FILENAME_KEY, HEIGHT_KEY, IMAGE_KEY, LABEL_KEY, LABELS_FILE, WIDTH_KEY
+from data.features import (
+    BRIGHTNESS_GROUP,
+    BRIGHTNESS_KEY,
+    FILENAME_KEY,
+    HEIGHT_KEY,
+    IMAGE_KEY,
+    LABEL_KEY,
+    LABELS_FILE,
+    SIZE_GROUP,
+    WIDTH_KEY,
+)
+from data.sources import read_lines
 from models.signatures import EXAMPLES, PROBABILITIES
 from models.trained import EXTRA_FOLDER
 from pipeline.counts import NO_ANSWER
 from pipeline.metrics import ANSWERS_KEY
-
-BRIGHTNESS_GROUP = "brightness_group"  # dark or normal
-SIZE_GROUP = "size_group"  # small or normal
+from pipeline.serving_process import first_line
 
 _BATCH_SIZE = 64  # images that a model sees at once
 _MIN_PROBABILITY = 1e-7  # in a log loss, as in Keras
+_EXAMPLES_INPUT = "examples"  # of the signature, as `models.signatures` names it
 _CANDIDATE, _BASELINE = "candidate", "baseline"
 
 Answer = Callable[[Sequence[bytes]], np.ndarray]
 
 
-class _WrongAnswerError(ValueError):
-    """A model's answer has another shape than its class list says."""
+class _UnusableModelError(Exception):
+    """A model cannot be asked; the message says why, with "it" for the model."""
 
 
 def custom_extractors(
@@ -113,31 +123,34 @@ class AskModels(beam.DoFn):
     def _ask(self, path: str, records: Sequence[bytes]) -> tuple[np.ndarray, str]:
         """Returns probabilities float32 [records, classes], zeros where there is no answer, and what the problem is."""
         found = np.zeros((len(records), len(self._class_names)), np.float32)
-        answer, problem = _load(path, tuple(self._class_names))
+        try:
+            answer = _load(path, tuple(self._class_names))
+        except _UnusableModelError as error:
+            return found, str(error)
+        problem = ""
         for start in range(0, len(records), _BATCH_SIZE):
             batch = slice(start, start + _BATCH_SIZE)
-            if answer is None:
-                break
             try:
                 found[batch] = answer(records[batch])
-            except _WrongAnswerError as error:
-                problem = str(error)
-            except tf.errors.OpError as error:
-                problem = f"it fails on an image: {_first_line(error)}"
+            except _UnusableModelError as error:
+                return found, str(error)
+            except Exception as error:  # whatever the graph does with an image
+                problem = f"it fails on an image: {first_line(error)}"
                 found[batch] = _answer_one_by_one(answer, records[batch], len(self._class_names))
         is_number = np.isfinite(found).all(axis=1)
         if not is_number.all():
             problem = problem or "its answers are not numbers"
-        return np.where(is_number[:, None], found, 0).astype(np.float32), problem
+        found = np.where(is_number[:, None], found, 0).astype(np.float32)
+        return found, problem if (found.sum(axis=1) <= 0).any() else ""
 
     def _groups(self, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns features to slice by that are made of the image's facts, where no column has their name."""
+        """Returns features to slice by that are made of the image's facts."""
         sides = np.minimum(np.ravel(features[HEIGHT_KEY]), np.ravel(features[WIDTH_KEY]))
         groups = {
             BRIGHTNESS_GROUP: np.where(np.ravel(features[BRIGHTNESS_KEY]) < self._dark_below, b"dark", b"normal"),
             SIZE_GROUP: np.where(sides < self._small_side, b"small", b"normal"),
         }
-        return {name: group.astype(object) for name, group in groups.items() if name not in features}
+        return {name: group.astype(object) for name, group in groups.items()}
 
     def _answers(
         self,
@@ -173,33 +186,42 @@ class AskModels(beam.DoFn):
 
 
 @functools.lru_cache(maxsize=2)
-def _load(path: str, class_names: tuple[str, ...]) -> tuple[Answer | None, str]:
+def _load(path: str, class_names: tuple[str, ...]) -> Answer:
     """Loads a model once in this process.
 
     Returns:
-      Serialized examples -> probabilities float32 [batch, classes] in the order of `class_names`, or None; and the problem.
+      Serialized examples -> probabilities float32 [batch, classes] in the order of `class_names`.
+
+    Raises:
+      _UnusableModelError: if it cannot be asked; not kept, as a bucket may answer the next time.
     """
-    labels_path = os.path.join(path, EXTRA_FOLDER, LABELS_FILE)
+    if not tf.io.gfile.exists(path):
+        raise _UnusableModelError("it is gone from its place")
     try:
-        with tf.io.gfile.GFile(labels_path) as file:
-            names = file.read().splitlines()
+        names = read_lines(os.path.join(path, EXTRA_FOLDER, LABELS_FILE))
         model = tf.saved_model.load(path)
     except Exception as error:  # whatever is wrong with the files
-        missing = "it is gone from its place" if not tf.io.gfile.exists(path) else f"it does not load: {_first_line(error)}"
-        return None, missing
+        raise _UnusableModelError(f"it does not load: {first_line(error)}") from error
     if EXAMPLES not in model.signatures:
-        return None, f"it has no signature `{EXAMPLES}`"
+        raise _UnusableModelError(f"it has no signature `{EXAMPLES}`")
+    signature = model.signatures[EXAMPLES]
+    _, inputs = signature.structured_input_signature
+    if list(inputs) != [_EXAMPLES_INPUT] or PROBABILITIES not in signature.structured_outputs:
+        raise _UnusableModelError(
+            f"its signature `{EXAMPLES}` takes {', '.join(inputs)} and gives {', '.join(signature.structured_outputs)}; it has "
+            f"to take {_EXAMPLES_INPUT} and give {PROBABILITIES}"
+        )
     if sorted(names) != sorted(class_names):
-        return None, f"its classes are {', '.join(names)}; those of the data are {', '.join(class_names)}"
+        raise _UnusableModelError(f"its classes are {', '.join(names)}; those of the data are {', '.join(class_names)}")
     order = [names.index(name) for name in class_names]
 
     def answer(records: Sequence[bytes]) -> np.ndarray:
-        values = model.signatures[EXAMPLES](examples=tf.constant(records))[PROBABILITIES].numpy()
+        values = model.signatures[EXAMPLES](**{_EXAMPLES_INPUT: tf.constant(records)})[PROBABILITIES].numpy()
         if values.shape != (len(records), len(names)):
-            raise _WrongAnswerError(f"it answers with {values.shape[-1]} probabilities; its class list has {len(names)}")
+            raise _UnusableModelError(f"it answers with {values.shape[-1]} probabilities; its class list has {len(names)}")
         return values[:, order]
 
-    return answer, ""
+    return answer
 
 
 def _answer_one_by_one(answer: Answer, records: Sequence[bytes], num_classes: int) -> np.ndarray:
@@ -207,14 +229,9 @@ def _answer_one_by_one(answer: Answer, records: Sequence[bytes], num_classes: in
     for row, record in enumerate(records):
         try:
             found[row] = answer([record])[0]
-        except tf.errors.OpError:
+        except Exception:  # an image without an answer
             continue
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Our TFMA metric: counts of each slice, the metrics that TFMA lacks, and how far each threshold is missed.
+"""Our TFMA metric: counts of each slice, the metrics that TFMA lacks, and how many limits are missed.
 
 TFMA itself has the areas under the curves, top-k accuracy, the confusion matrix and the number of examples. What it lacks is
 the expected calibration error, precision and recall by the most probable class, and a comparison with the blessed model that
@@ -6,6 +6,7 @@ knows noise from a regression; its confidence intervals would compute every metr
 for 286 images when it was tried). Loaded by TFMA by its name in the `EvalConfig` that `pipeline.evaluation` makes.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,33 +27,48 @@ from pipeline.counts import (
     Counts,
     Summary,
 )
-from pipeline.thresholds import Limit
+from pipeline.thresholds import EvaluationConfig, Limit, limits_of
 
 ANSWERS_KEY = "answers"  # of the extracts; see `pipeline.extractors`
 COUNTS = "counts"  # the metric that holds `Counts` as JSON
-UNANSWERED = "missed: every test image gets an answer"
-INCOMPARABLE = "missed: the latest blessed model can be evaluated"
+UNANSWERED = "images without an answer"
+INCOMPARABLE = "images without an answer of the latest blessed model"
 SUMMARIES = (ACCURACY, MACRO_PRECISION, MACRO_RECALL, MACRO_F1, LOG_LOSS, CALIBRATION_ERROR)
 
 MetricValues = dict[metric_types.MetricKey, Any]
 
 
+def missed(slice_name: str) -> str:
+    """Names the metric that counts the missed limits of a slice, or of each value of a column; all test images where empty."""
+    return f"limits missed on {slice_name or 'all test images'}"
+
+
 class Judgement(metric_types.Metric):
-    """Counts the answers of a slice and judges them by every limit.
+    """Counts the answers of a slice, and how many limits they miss, which TFMA compares with 0.
 
     Its arguments come as JSON in the `MetricConfig`, which the metadata store records: so the cache sees them.
     """
 
-    def __init__(self, name: str = COUNTS, class_names: Sequence[str] = (), limits: Sequence[Mapping] = (), **settings: Any):
+    def __init__(
+        self,
+        name: str = COUNTS,
+        class_names: Sequence[str] = (),
+        columns: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ):
         """Makes the metric.
 
         Args:
           name: of the metric that holds the counts.
           class_names: the ordered class list.
-          limits: `Limit`s as dictionaries.
+          columns: extra columns to slice by.
+          config: an `EvaluationConfig` as JSON.
           **settings: for `pipeline.extractors`, and the code's fingerprint.
         """
-        super().__init__(_computations, name=name, class_names=list(class_names), limits=list(limits))
+        super().__init__(
+            _computations, name=name, class_names=list(class_names), columns=list(columns), config=dict(config or {})
+        )
 
     def compute_confidence_interval(self) -> bool:
         """Has its own."""
@@ -65,7 +81,8 @@ metric_types.register_metric(Judgement)
 def _computations(
     name: str,
     class_names: Sequence[str],
-    limits: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    config: Mapping[str, Any],
     eval_config: config_pb2.EvalConfig,
     model_names: Iterable[str],
     output_names: Iterable[str] = ("",),
@@ -81,13 +98,15 @@ def _computations(
         metric_util.generate_private_name_from_arguments(name=name), model_name=candidate, example_weighted=False
     )
 
+    limits = limits_of(EvaluationConfig.model_validate(config), class_names, columns)
+
     def result(metrics: MetricValues) -> MetricValues:
         return _judge(
             metrics,
             private,
             name=name,
             class_names=class_names,
-            limits=[Limit(**limit) for limit in limits],
+            limits=limits,
             baseline=baseline,
         )
 
@@ -141,17 +160,17 @@ def _judge(
     """Returns the public metrics of a slice, of the candidate and of the baseline."""
     counts, candidate = metrics[private], private.model_name
     summary = Summary(counts)
-    areas = read_areas(metrics, candidate, class_names)
+    areas = areas_of(summary, _read_areas(metrics, candidate, class_names), class_names)
     values: dict[str, Any] = {name: counts.to_json()}
     values |= {metric: summary.value(metric) for metric in SUMMARIES}
     values[UNANSWERED] = float(summary.num_unanswered)
-    values[INCOMPARABLE] = float(bool(counts.baseline_problem))
-    has_baseline = baseline is not None and not counts.baseline_problem
+    has_baseline = baseline is not None and not summary.num_unanswered_by_baseline
+    values[INCOMPARABLE] = float(baseline is not None and not has_baseline)
     for limit in limits:
-        if limit.kind == "max_worsening" and not has_baseline:
-            values[limit.name] = 0.0  # the first model has none to be worse than
-        else:
-            values[limit.name] = limit.shortfall(summary, class_names, areas)
+        # The first model has none to be worse than.
+        is_judged = limit.kind != "max_worsening" or has_baseline
+        key = missed(limit.slice)
+        values[key] = values.get(key, 0.0) + float(is_judged and limit.is_missed(summary, class_names, areas))
     found = {_public_key(metric, candidate): value for metric, value in values.items()}
     if has_baseline:
         found |= {
@@ -165,14 +184,35 @@ def _public_key(name: str, model_name: str) -> metric_types.MetricKey:
     return metric_types.MetricKey(name, model_name=model_name, example_weighted=None)
 
 
-def read_areas(metrics: MetricValues, model_name: str, class_names: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Finds TFMA's areas under the curves of a model: (roc_auc or pr_auc, class, or empty for the macro average) -> value."""
+def _read_areas(metrics: MetricValues, model_name: str, class_names: Sequence[str]) -> dict[tuple[str, str], float]:
+    """Finds TFMA's areas under the curves of a model: (roc_auc or pr_auc, class) -> value."""
+    return {
+        (key.name, class_names[key.sub_key.class_id]): float(value)
+        for key, value in metrics.items()
+        if key.name in (ROC_AUC, PR_AUC) and key.model_name == model_name and key.sub_key and not key.is_diff
+    }
+
+
+def areas_of(
+    summary: Summary, of_classes: Mapping[tuple[str, str], float], class_names: Sequence[str]
+) -> dict[tuple[str, str], float]:
+    """Adds the macro averages to the areas under the curves of classes.
+
+    Args:
+      summary: of the slice, whose areas they are.
+      of_classes: (roc_auc or pr_auc, class) -> value as TFMA has it, which is 0 for a class that the slice lacks.
+      class_names: the ordered class list.
+
+    Returns:
+      (roc_auc or pr_auc, class) -> value, NaN for a class that none or all images of the slice are of; and with an empty class
+      the average over the others.
+    """
     areas = {}
-    for key, value in metrics.items():
-        if key.name in (ROC_AUC, PR_AUC) and key.model_name == model_name and not key.is_diff and key.sub_key:
-            areas[key.name, class_names[key.sub_key.class_id]] = float(value)
-    # TFMA averages over the classes only after it has asked us.
-    for metric in (ROC_AUC, PR_AUC):
-        if of_classes := [value for (of, _), value in areas.items() if of == metric]:
-            areas[metric, ""] = sum(of_classes) / len(of_classes)
+    for metric in sorted({metric for metric, _ in of_classes}):
+        found = []
+        for index, name in enumerate(class_names):
+            has_both_kinds = 0 < summary.examples_of(index) < summary.num_examples
+            areas[metric, name] = of_classes[metric, name] if has_both_kinds else math.nan
+            found += [areas[metric, name]] if has_both_kinds else []
+        areas[metric, ""] = sum(found) / len(found) if found else math.nan
     return areas

@@ -62,7 +62,7 @@ from pipeline.evaluation import eval_config
 from pipeline.vertex import serving_args, training_job
 
 _CODE_PACKAGES = ("tensorflow", "keras", "tensorflow-transform")
-_EVALUATION_PACKAGES = ("tensorflow", "tensorflow-model-analysis")
+_EVALUATION_PACKAGES = ("tensorflow", "tensorflow-model-analysis", "numpy", "scipy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def create_pipeline(
         model_run=trainer.outputs["model_run"],
         model_blessing=evaluator.outputs["blessing"],
         config=config.serving_check.model_dump_json(),
-        code=code_fingerprint("pipeline.serving_check", distributions=("tensorflow",)),
+        code=code_fingerprint("pipeline.components", distributions=("tensorflow",)),
     )
 
     # Into use, if both say so.

@@ -6,6 +6,7 @@ Called by `local_runner.py` after the last component.
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ def _pushed_model(artifact: metadata_store_pb2.Artifact | None, *, digest: str) 
         return None
     destination = artifact.custom_properties["pushed_destination"].string_value
     folder, version = os.path.split(destination)
-    if latest_version(folder) == version and model_digest(destination) == digest:
+    if os.path.exists(destination) and model_digest(destination) != digest:
+        shutil.rmtree(destination)  # whatever it is, nobody has blessed it
+    if latest_version(folder) == version:
         return destination
     return push_model(artifact.uri, folder, digest=digest)

@@ -25,6 +25,7 @@ from pipeline import serving_process
 from pipeline.model_digest import model_digest
 
 SERVING_CHECK_FILE = "serving_check.json"
+INFRA_BLESSED_FILE, INFRA_NOT_BLESSED_FILE = "INFRA_BLESSED", "INFRA_NOT_BLESSED"  # as TFX's InfraValidator names them
 _SMALL_BATCH, _BATCH = "1", "32"  # whose latency is measured
 _MAX_NAMES = 5  # of labels or modules in a reason
 
@@ -281,7 +282,10 @@ def _answer_reasons(found: dict[str, Any], config: ServingCheckConfig) -> Iterat
     if count := found["num_wrong_labels"]:
         yield f"`label` and `probability` of {count} of {num_images} answers are not those of the highest of `probabilities`"
     difference = found["max_difference"]
-    if difference is not None and difference > config.max_difference:
+    if difference is None:
+        if not found["num_not_finite"] and num_classes == found["num_reference_classes"]:
+            yield "the trainer's answers are not numbers, or not all of one length, so the model cannot be compared with it"
+    elif difference > config.max_difference:
         yield (
             f"the exported model's answers differ from the trainer's by up to {difference:.3g} on {num_images} images; "
             f"{limit}: training and serving do not see the same image, or do not have the same weights"

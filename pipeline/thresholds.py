@@ -1,16 +1,18 @@
-"""What a model must reach, as data: one limit a sentence, judged in one place.
+"""What a model must reach, as data: each limit is judged here and gives a sentence where it is missed.
 
-A user writes `Threshold`s (and the plain settings of `pipeline.evaluation`); each becomes one `Limit` for each class that it
-speaks of. Inside of TFMA `pipeline.metrics` asks each limit how far a slice misses it.
+A user writes settings and `Threshold`s; each becomes one `Limit` for each class that it speaks of. `pipeline.metrics` judges
+them inside of TFMA, and `pipeline.evaluation` asks those that were missed for their reason.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
+from data.errors import InputError
+from data.features import BRIGHTNESS_GROUP, LABEL_KEY, SIZE_GROUP
 from pipeline.counts import (
     ACCURACY,
     CALIBRATION_ERROR,
@@ -28,6 +30,9 @@ from pipeline.counts import (
 )
 
 EVERY_CLASS = "*"
+NUM_COLUMN_VALUES = 10  # that a column is taken to have, where many comparisons at once ask for a stricter one each
+_MIN_EXAMPLES_OF_CALIBRATION = 50
+_CHANCE = 0.025  # of a candidate that is as good as the baseline to be taken for worse, over all limits of a kind
 
 Metric = Literal[
     "accuracy",
@@ -42,6 +47,7 @@ Metric = Literal[
     "log_loss",
     "expected_calibration_error",
 ]
+MAX_CLASSES_WITH_AREAS = 50  # TFMA keeps a histogram for each class and slice
 _OF_A_CLASS = (PRECISION, RECALL, F1)
 _OF_ALL = (ACCURACY, MACRO_PRECISION, MACRO_RECALL, MACRO_F1, LOG_LOSS, CALIBRATION_ERROR)
 _LOWER_IS_BETTER = (LOG_LOSS, CALIBRATION_ERROR)
@@ -88,12 +94,64 @@ class Threshold(pydantic.BaseModel):
                 f"Expected a threshold of {self.metric} without a class. Received: class={self.class_name!r}. "
                 "Take precision, recall or f1."
             )
+        bounds = [bound for bound in (self.min, self.max, self.max_worsening) if bound is not None]
+        highest = math.inf if self.metric == LOG_LOSS else 1.0
+        if not all(math.isfinite(bound) and 0 <= bound <= highest for bound in bounds):
+            raise ValueError(
+                f"Expected the bounds of a threshold of {self.metric} in [0, {highest:g}]. "
+                f"Received: {', '.join(f'{bound:g}' for bound in bounds)}. Give shares, not percentages."
+            )
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(
+                f"Expected `min` of a threshold of {self.metric} to be at most its `max`. "
+                f"Received: min={self.min:g}, max={self.max:g}. Nothing could pass."
+            )
         if self.metric in _WITHOUT_CHANGE and self.max_worsening is not None:
             raise ValueError(
                 f"Expected `max_worsening` of a metric whose difference between two models has an interval here. "
                 f"Received: {self.metric}. Take accuracy, precision, recall, f1, their macro averages or log_loss."
             )
         return self
+
+
+class EvaluationConfig(pydantic.BaseModel):
+    """What a model must reach on the test split to be blessed.
+
+    Attributes:
+      min_accuracy: of all test images, in [0, 1].
+      min_class_accuracy: of the test images of each class (its recall), in [0, 1].
+      min_slice_accuracy: of each value of each extra column, in [0, 1].
+      max_calibration_error: highest expected calibration error over all test images, in [0, 1]; judged from 50 images on.
+      max_accuracy_drop: how much less accurate than the latest blessed model it may be, in [0, 1]; more than that is refused
+        where it is more than noise: where as good a model would look that much worse in less than 1 of 40 runs, over all
+        comparisons of a kind.
+      max_class_accuracy_drop: the same for each class.
+      max_slice_accuracy_drop: the same for each value of each extra column.
+      min_class_examples: test images that each class must have to be judged; with fewer the model is refused.
+      rare_classes: classes that may have fewer; they are then not judged.
+      min_slice_examples: test images that a value of a column must have to be judged; with fewer it is only listed.
+      thresholds: further ones, for any metric, class and slice.
+      compare_with: the latest blessed model, or nothing, for a run whose classes are meant to differ from it.
+      dark_below: mean grey value in [0, 1] below which an image is sliced as dark.
+      small_side: pixels below which an image's shorter side is sliced as small; 0 for the size that the network sees.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    min_accuracy: float = pydantic.Field(0.7, ge=0, le=1)
+    min_class_accuracy: float = pydantic.Field(0.5, ge=0, le=1)
+    min_slice_accuracy: float = pydantic.Field(0.6, ge=0, le=1)
+    max_calibration_error: float = pydantic.Field(0.1, ge=0, le=1)
+    max_accuracy_drop: float = pydantic.Field(0.01, ge=0, le=1)
+    max_class_accuracy_drop: float = pydantic.Field(0.1, ge=0, le=1)
+    max_slice_accuracy_drop: float = pydantic.Field(0.1, ge=0, le=1)
+    min_class_examples: int = pydantic.Field(10, ge=1)
+    rare_classes: tuple[str, ...] = ()
+    min_slice_examples: int = pydantic.Field(20, ge=1)
+    thresholds: tuple[Threshold, ...] = ()
+    compare_with: Literal["latest_blessed", "nothing"] = "latest_blessed"
+    dark_below: float = pydantic.Field(0.25, ge=0, le=1)
+    small_side: int = pydantic.Field(0, ge=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +167,7 @@ class Limit:
       min_examples: images of the class, or of the slice, that it takes to judge.
       few: whether a limit with fewer images than that fails, or waits for more.
       setting: of the configuration, which a person may want to change.
+      num_comparisons: how many such limits are judged at once, one of which may look missed by chance.
     """
 
     metric: str
@@ -119,12 +178,7 @@ class Limit:
     min_examples: int = 0
     few: Literal["fail", "wait"] = "fail"
     setting: str = "evaluation.thresholds"
-
-    @property
-    def name(self) -> str:
-        """Names the limit as TFMA's metric of how far it is missed."""
-        words = {"min": "at least", "max": "at most", "max_worsening": "worse than the latest blessed model's by at most"}
-        return f"missed: {self.subject(self.slice)} {words[self.kind]} {self.value:g}"
+    num_comparisons: int = 1
 
     def subject(self, slice_name: str) -> str:
         """Says what is judged: the metric, its class and the slice."""
@@ -132,34 +186,27 @@ class Limit:
         where = f" on `{slice_name}`" if slice_name else ("" if self.class_name else " over all test images")
         return f"{_WORDS.get(self.metric, self.metric.replace('_', ' '))}{of_class}{where}"
 
-    def applies_to(self, slice_name: str) -> bool:
-        """Says whether it judges a slice, by its name: `column=value`, or empty."""
-        return slice_name == self.slice or ("=" not in self.slice and bool(self.slice) and self._is_value_of(slice_name))
-
-    def _is_value_of(self, slice_name: str) -> bool:
-        return slice_name.startswith(f"{self.slice}=")
-
-    def shortfall(self, summary: Summary, class_names: Sequence[str], areas: Mapping[tuple[str, str], float]) -> float:
-        """Returns by how much a slice misses the limit, which TFMA then compares with 0.
+    def is_missed(self, summary: Summary, class_names: Sequence[str], areas: Mapping[tuple[str, str], float]) -> bool:
+        """Says whether a slice misses the limit; where there is no value, it does.
 
         Args:
           summary: of the slice.
           class_names: the ordered class list.
           areas: (roc_auc or pr_auc, class or empty) -> value.
-
-        Returns:
-          0 where it is met or not to be judged, more where it is not; NaN, which TFMA refuses too, where there is no value.
         """
         index = class_names.index(self.class_name) if self.class_name else None
         count = summary.num_examples if index is None else summary.examples_of(index)
         if self.metric != EXAMPLE_COUNT and count < self.min_examples:
-            return 0.0 if self.few == "wait" else float(self.min_examples - count)
+            return self.few == "fail"
         if self.kind == "max_worsening":
-            worsening, (low, _) = self.worsening(summary, index)
-            return max(worsening - self.value, 0.0) if low > 0 else 0.0
+            worsening = summary.baseline_value(self.metric, index) - summary.value(self.metric, index)
+            if self.metric in _LOWER_IS_BETTER:
+                worsening = -worsening
+            if worsening <= self.value:  # before anything is drawn
+                return False
+            return not summary.chance_of_worse(self.metric, index) > _CHANCE / self.num_comparisons
         value = self.found(summary, index, areas)
-        shortfall = self.value - value if self.kind == "min" else value - self.value
-        return shortfall if math.isnan(shortfall) else max(shortfall, 0.0)
+        return not (value >= self.value if self.kind == "min" else value <= self.value)
 
     def found(self, summary: Summary, index: int | None, areas: Mapping[tuple[str, str], float]) -> float:
         """Returns the value that is compared with the limit."""
@@ -198,17 +245,109 @@ class Limit:
         found = "not a number" if math.isnan(value) else f"{value:.3f}"
         return f"{subject} is {found} with {images}; the limit is {self.value:g} ({self.setting})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the limit as JSON takes it."""
-        return dataclasses.asdict(self)
+
+def limits_of(config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str]) -> list[Limit]:
+    """Makes every limit that a model is judged by.
+
+    Args:
+      config: thresholds.
+      class_names: the ordered class list.
+      columns: extra columns to slice by.
+
+    Raises:
+      InputError: if a threshold speaks of a class or a slice that the data does not have.
+    """
+    _check_names(config, class_names, columns)
+    judged = [name for name in class_names if name not in config.rare_classes]
+    limits = [
+        Limit(EXAMPLE_COUNT, "min", config.min_class_examples, name, setting="evaluation.min_class_examples") for name in judged
+    ]
+    limits.append(Limit(ACCURACY, "min", config.min_accuracy, setting="evaluation.min_accuracy"))
+    limits.append(
+        Limit(
+            CALIBRATION_ERROR,
+            "max",
+            config.max_calibration_error,
+            min_examples=_MIN_EXAMPLES_OF_CALIBRATION,
+            few="wait",
+            setting="evaluation.max_calibration_error",
+        )
+    )
+    limits.append(Limit(ACCURACY, "max_worsening", config.max_accuracy_drop, setting="evaluation.max_accuracy_drop"))
+    for kind, value, setting in (
+        ("min", config.min_class_accuracy, "evaluation.min_class_accuracy"),
+        ("max_worsening", config.max_class_accuracy_drop, "evaluation.max_class_accuracy_drop"),
+    ):
+        # A class with too few images is refused once, by their number.
+        limits += [
+            Limit(
+                RECALL,
+                kind,
+                value,
+                name,
+                min_examples=config.min_class_examples,
+                few="wait",
+                setting=setting,
+                num_comparisons=len(class_names),
+            )
+            for name in class_names
+        ]
+    for kind, value, setting in (
+        ("min", config.min_slice_accuracy, "evaluation.min_slice_accuracy"),
+        ("max_worsening", config.max_slice_accuracy_drop, "evaluation.max_slice_accuracy_drop"),
+    ):
+        limits += [
+            Limit(
+                ACCURACY,
+                kind,
+                value,
+                slice=column,
+                min_examples=config.min_slice_examples,
+                few="wait",
+                setting=setting,
+                num_comparisons=NUM_COLUMN_VALUES,
+            )
+            for column in columns
+        ]
+    limits += _expand(
+        config.thresholds,
+        class_names,
+        min_class_examples=config.min_class_examples,
+        min_slice_examples=config.min_slice_examples,
+    )
+    return [limit for limit in limits if limit.kind != "max_worsening" or config.compare_with != "nothing"]
 
 
-def expand(
+def _check_names(config: EvaluationConfig, class_names: Sequence[str], columns: Sequence[str]) -> None:
+    named = [threshold.class_name for threshold in config.thresholds if threshold.class_name not in ("", EVERY_CLASS)]
+    if unknown := sorted({*named, *config.rare_classes} - set(class_names)):
+        raise InputError(
+            f"Expected `evaluation.thresholds` and `evaluation.rare_classes` to name classes of the data "
+            f"({', '.join(class_names)}). Received: {', '.join(unknown)}."
+        )
+    sliced = {threshold.slice.partition("=")[0] for threshold in config.thresholds if threshold.slice}
+    known = (*columns, LABEL_KEY, BRIGHTNESS_GROUP, SIZE_GROUP)
+    if unknown := sorted(sliced - set(known)):
+        raise InputError(
+            f"Expected the `slice` of `evaluation.thresholds` to be one of {', '.join(known)}, or one with a value "
+            f"(`{known[0]}=...`). Received: {', '.join(unknown)}."
+        )
+    if len(class_names) > MAX_CLASSES_WITH_AREAS and any(
+        threshold.metric in (ROC_AUC, PR_AUC) for threshold in config.thresholds
+    ):
+        raise InputError(
+            f"Expected thresholds of roc_auc and pr_auc with at most {MAX_CLASSES_WITH_AREAS} classes, as they are not "
+            f"computed for more. Received: {len(class_names)} classes. Take f1."
+        )
+
+
+def _expand(
     thresholds: Sequence[Threshold], class_names: Sequence[str], *, min_class_examples: int, min_slice_examples: int
 ) -> list[Limit]:
     """Makes a limit for each class and each bound that thresholds speak of.
 
-    Where a threshold is for each value of a column, values with too few images wait for more; one that was named fails.
+    A threshold for each value of a column, or for each class, waits where there are too few images; one that names what it
+    judges fails.
 
     Args:
       thresholds: as the user wrote them.
@@ -219,6 +358,8 @@ def expand(
     limits = []
     for threshold in thresholds:
         classes = class_names if threshold.class_name == EVERY_CLASS else (threshold.class_name,)
+        values = NUM_COLUMN_VALUES if threshold.slice and "=" not in threshold.slice else 1
+        num_comparisons = len(classes) * values
         for name in classes:
             for kind in ("min", "max", "max_worsening"):
                 if (value := getattr(threshold, kind)) is None:
@@ -231,7 +372,12 @@ def expand(
                         class_name=name,
                         slice=threshold.slice,
                         min_examples=min_slice_examples if threshold.slice else min_class_examples if name else 1,
-                        few="wait" if threshold.slice and "=" not in threshold.slice else "fail",
+                        few="fail" if _is_named(threshold) else "wait",
+                        num_comparisons=num_comparisons,
                     )
                 )
     return limits
+
+
+def _is_named(threshold: Threshold) -> bool:
+    return threshold.class_name != EVERY_CLASS and (not threshold.slice or "=" in threshold.slice)

@@ -208,6 +208,13 @@ class _Lineage:
         self.store.put_events(events)
         return artifact
 
+    def reuse(self, artifact) -> None:
+        """Puts what a later run out of the cache leaves: an execution with the same output."""
+        (execution,) = self.store.put_executions([metadata_store_pb2.Execution(type_id=self._execution_type)])
+        event = metadata_store_pb2.Event(artifact_id=artifact.id, execution_id=execution, type=metadata_store_pb2.Event.OUTPUT)
+        event.path.steps.add(key="output")
+        self.store.put_events([event])
+
     def data(self) -> tuple[standard_artifacts.Examples, standard_artifacts.ExampleStatistics]:
         examples = self._put(standard_artifacts.Examples())
         return examples, self.statistics(examples)
@@ -315,31 +322,54 @@ def test_latest_blessed_statistics_are_the_latest_of_their_examples(lineage):
 
 
 def test_latest_blessed_statistics_pass_over_a_model_that_no_server_could_use(lineage):
-    data = [lineage.data() for _ in range(4)]
+    data = [lineage.data() for _ in range(3)]
     lineage.model(data[0][0])
     lineage.model(data[1][0], servable=False)
-    lineage.model(data[2][0], servable=None)
 
-    assert lineage.resolve(data[3][1]) == [data[0][1].id]
+    assert lineage.resolve(data[2][1]) == [data[0][1].id]
 
 
 @pytest.fixture
 def models(lineage) -> dict[str, object]:
     """A model of each kind, in the order of time."""
     examples, _ = lineage.data()
-    kinds = {
-        "good": {},
-        "refused": {"blessed": False},
-        "unservable": {"servable": False},
-        "killed before its serving check": {"servable": None},
-    }
-    for settings in kinds.values():
-        lineage.model(examples, **settings)
-    return dict(zip(kinds, lineage.all["model"], strict=True))
+    lineage.model(examples)
+    lineage.model(examples, blessed=False)
+    lineage.model(examples, servable=False)
+    return dict(zip(("good", "refused", "unservable"), lineage.all["model"], strict=True))
 
 
 def test_latest_other_blessed_model_has_both_blessings(lineage, models):
     examples, _ = lineage.data()
+    lineage.model(examples, blessed=False)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == [models["good"].id]
+
+
+def test_latest_other_blessed_model_may_be_of_before_there_was_a_serving_check(lineage, models):
+    examples, _ = lineage.data()
+    lineage.model(examples, servable=None)
+    lineage.model(examples, blessed=False)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == [lineage.all["model"][-2].id]
+
+
+def test_latest_other_blessed_model_goes_by_the_latest_verdict_of_each(lineage, models):
+    good = models["good"]
+    refusal = lineage._put(standard_artifacts.ModelBlessing(), ("model", good))
+    refusal.set_int_custom_property("blessed", 0)
+    refusal.set_int_custom_property("current_model_id", good.id)
+    lineage.all["model_blessing"].append(refusal)
+    examples, _ = lineage.data()
+    lineage.model(examples, blessed=False)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == []
+
+
+def test_latest_other_blessed_model_counts_a_reused_verdict_as_of_the_run_that_reused_it(lineage, models):
+    examples, _ = lineage.data()
+    lineage.model(examples)
+    lineage.reuse(lineage.all["model_blessing"][0])
     lineage.model(examples, blessed=False)
 
     assert lineage.baseline_of(lineage.all["model"][-1]) == [models["good"].id]
@@ -363,7 +393,10 @@ def test_latest_other_blessed_model_of_a_blessed_candidate_is_what_it_was_compar
 
 
 def test_latest_other_blessed_model_of_a_run_that_was_killed_is_the_one_of_its_first_try(lineage, models):
-    assert lineage.baseline_of(models["killed before its serving check"]) == [models["good"].id]
+    examples, _ = lineage.data()
+    lineage.model(examples, servable=None, baseline=models["good"].id)
+
+    assert lineage.baseline_of(lineage.all["model"][-1]) == [models["good"].id]
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

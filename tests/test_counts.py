@@ -96,19 +96,44 @@ def test_summary_of_no_images_has_no_values():
     assert summary.value(EXAMPLE_COUNT) == 0
 
 
-def test_calibration_error_is_that_computed_by_hand():
-    # Ten answers at 0.95 of which 6 are right, ten at 0.55 of which 5 are: 0.5 * 0.35 + 0.5 * 0.05.
-    answers = [answer(0, 0 if number < 6 else 1, confidence=0.95) for number in range(10)]
-    answers += [answer(0, 0 if number < 5 else 1, confidence=0.55) for number in range(10)]
+def calibrated(size: int, *, gap: float = 0.0, seed: int = 0) -> Summary:
+    """Answers whose confidence is too high by `gap`."""
+    random = np.random.default_rng(seed)
+    confidence = random.uniform(0.5, 1, size)
+    wrong = random.random(size) > confidence - gap
+    return Summary(count([answer(0, int(one), confidence=value) for one, value in zip(wrong, confidence, strict=True)]))
+
+
+def test_calibration_error_of_many_images_is_that_computed_by_hand():
+    # 1,000 answers at 0.95 of which 600 are right, 1,000 at 0.55 of which 500 are: 0.5 * 0.35 + 0.5 * 0.05.
+    answers = [answer(0, 0 if number < 600 else 1, confidence=0.95) for number in range(1_000)]
+    answers += [answer(0, 0 if number < 500 else 1, confidence=0.55) for number in range(1_000)]
     summary = Summary(count(answers))
 
-    assert summary.value(CALIBRATION_ERROR) == pytest.approx(0.5 * 0.35 + 0.5 * 0.05)
+    assert summary.value(CALIBRATION_ERROR) == pytest.approx(0.5 * 0.35 + 0.5 * 0.05, abs=2e-3)
     assert summary.calibration() == [
-        {"confidence": pytest.approx(0.55), "accuracy": 0.5, "count": 10},
-        {"confidence": pytest.approx(0.95), "accuracy": 0.6, "count": 10},
+        {"confidence": pytest.approx(0.55), "accuracy": 0.5, "count": 1_000},
+        {"confidence": pytest.approx(0.95), "accuracy": 0.6, "count": 1_000},
     ]
     low, high = summary.interval(CALIBRATION_ERROR)
     assert 0 <= low < summary.value(CALIBRATION_ERROR) < high < 1
+
+
+def test_calibration_error_is_less_what_chance_adds():
+    for size, most in ((50, 0.07), (300, 0.03), (3_000, 0.01)):
+        found = [calibrated(size, seed=seed).value(CALIBRATION_ERROR) for seed in range(20)]
+        assert np.mean(found) < most
+    found = [calibrated(300, gap=0.2, seed=seed).value(CALIBRATION_ERROR) for seed in range(20)]
+    assert np.mean(found) == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.1, 0.3])
+def test_interval_of_the_calibration_error_holds_the_true_one(gap):
+    held = 0
+    for seed in range(60):
+        low, high = calibrated(300, gap=gap, seed=seed).interval(CALIBRATION_ERROR)
+        held += low <= gap <= high
+    assert held >= 50
 
 
 def test_confidence_of_one_is_in_the_last_bin():
@@ -198,6 +223,39 @@ def test_change_between_models_of_equal_quality_is_within_the_noise():
         change, (low, high) = summarize(labels, predicted, baseline).change(metric)
         assert low < 0 < high
         assert low < change < high
+
+
+def test_chance_of_worse_is_that_of_mc_nemar():
+    # 4 lost and none won: 1/16 one-sided, half of which is that of the observed number.
+    summary = Summary(count([answer(0, 1, 0)] * 4 + [answer(0, 0, 0)] * 16))
+
+    assert summary.chance_of_worse(ACCURACY) == pytest.approx(1 / 32)
+    assert summary.chance_of_worse(RECALL, 0) == pytest.approx(1 / 32)
+    assert summary.chance_of_worse(RECALL, 1) == 1.0
+    assert Summary(count([answer(0, 0, 1)] * 4)).chance_of_worse(ACCURACY) == pytest.approx(31 / 32)
+
+
+@pytest.mark.parametrize("metric", [ACCURACY, MACRO_F1, LOG_LOSS])
+def test_chance_of_worse_is_rarely_small_for_equal_models(metric):
+    small = 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        labels, predicted = predictions(150, seed=seed)
+        baseline = predicted.copy()
+        for model in (predicted, baseline):
+            model[random.choice(150, 15, replace=False)] = random.integers(0, NUM_CLASSES, 15)
+        losses = random.exponential(size=(150, 2))
+        rows = zip(labels, predicted, baseline, losses, strict=True)
+        answers = [answer(*row[:3], candidate_loss=row[3][0], baseline_loss=row[3][1]) for row in rows]
+        small += Summary(count(answers)).chance_of_worse(metric) < 0.025
+    assert small <= 12
+
+
+def test_chance_of_worse_is_small_for_a_worse_model():
+    labels, predicted = predictions(accuracy=0.6)
+    summary = summarize(labels, predicted, labels)
+
+    assert all(summary.chance_of_worse(metric) < 1e-6 for metric in (ACCURACY, MACRO_F1))
 
 
 def test_change_of_the_log_loss_is_the_mean_difference():

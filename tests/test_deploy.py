@@ -140,6 +140,7 @@ def test_push_refuses_a_model_with_one_more_file(workspace, tmp_path):
         ({"evaluator_blessed": False}, EXIT_NOT_BLESSED, "but the Evaluator refused this very model"),
         ({"model_digest": "0" * 64}, EXIT_NOT_BLESSED, "is about another model"),
         ({"model_digest": None}, EXIT_NOT_BLESSED, "is about another model"),
+        ({"is_cut_off": True}, EXIT_NOT_BLESSED, "there is no INFRA_BLESSED in"),
     ],
 )
 def test_push_takes_the_serving_check_s_own_record(tmp_path, capfd, changes, code, message):
@@ -147,11 +148,26 @@ def test_push_takes_the_serving_check_s_own_record(tmp_path, capfd, changes, cod
     verdict = {"blessed": True, "reasons": [], "evaluator_blessed": True, "model_digest": model_digest(str(model))} | changes
     (tmp_path / "blessing").mkdir()
     (tmp_path / "blessing" / "serving_check.json").write_text(json.dumps(verdict))
+    if "is_cut_off" not in changes:
+        (tmp_path / "blessing" / "INFRA_BLESSED").touch()
 
     assert _push(model, tmp_path / "serving", "--blessing", str(tmp_path / "blessing")) == code
 
     assert message in capfd.readouterr().err
     assert (tmp_path / "serving").exists() == (code == EXIT_DONE)
+
+
+def test_push_knows_a_later_verdict_than_the_record_that_is_named(workspace, tmp_path, capfd):
+    model = workspace.model_folder(_run(workspace, evaluator=False, check=True))
+    verdict = {"blessed": True, "reasons": [], "evaluator_blessed": True, "model_digest": model_digest(str(model))}
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "serving_check.json").write_text(json.dumps(verdict))
+    (tmp_path / "earlier" / "INFRA_BLESSED").touch()
+
+    assert _push(model, tmp_path / "serving", "--blessing", str(tmp_path / "earlier")) == EXIT_NOT_BLESSED
+
+    assert "the Evaluator refused this very model" in capfd.readouterr().err
+    assert not (tmp_path / "serving").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

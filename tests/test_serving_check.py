@@ -23,7 +23,7 @@ from models.embeddings import find_images
 from models.reference import NUM_REFERENCE_IMAGES, REFERENCE_FILE, write_reference_predictions
 from models.signatures import ImageClassifier, export
 from models.trained import EXTRA_FOLDER
-from pipeline import serving_process
+from pipeline import serving_check, serving_process
 from pipeline.components import MODEL_DIGEST_KEY, ServingCheck
 from pipeline.model_digest import model_digest
 from pipeline.serving_check import (
@@ -455,6 +455,22 @@ def test_compare_counts_the_answers_that_are_wrong():
     facts = serving_process.compare(answers, expected, ["square", "circle"])
     assert (facts["num_not_finite"], facts["max_difference"]) == (1, None)
     assert facts["labels"] == ["circle", "square"]
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        [np.array([np.nan, 0.75], np.float32)] * 2,
+        [np.array([0.25, 0.75], np.float32), np.array([0.25, 0.5, 0.25], np.float32)],
+    ],
+)
+def test_serving_check_refuses_a_model_that_it_cannot_compare(expected):
+    facts = serving_process.compare(_answers([[0.25, 0.75]] * 2), expected, CLASS_NAMES)
+    facts |= {"num_images": 2, "batch_difference": 0.0}
+
+    assert list(serving_check._answer_reasons(facts, ServingCheckConfig())) == [
+        "the trainer's answers are not numbers, or not all of one length, so the model cannot be compared with it"
+    ]
 
 
 def test_measure_latency_measures_again_where_the_first_was_slow():
