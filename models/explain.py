@@ -1,185 +1,273 @@
-"""Why a model says so: heat maps of the exported SavedModel, through its own signatures.
+"""Why a model says so: a heat map beside the picture, as PNG, and the numbers, as JSON.
 
-`explain_preprocess` and `explain_model` are the two halves of `serving_default`, so what is explained is what is served.
-Called by `pipeline.report`.
+    python -m models.explain --model runs/elpv/serving_model --image cell.png --method xrai --output cell_xrai.png
+
+About 10 seconds for the first picture on two CPU cores, most of them for loading the model, and 0.1 (Grad-CAM) to 6 (XRAI)
+for each further one. Exit codes: 0 done; 1 failed; 2 the input is wrong.
 """
 
+import argparse
+import io
+import json
+import logging
+import os
+import posixpath
+import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+# Before TensorFlow is loaded.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import matplotlib
 import numpy as np
-import saliency.core as saliency
-import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from data.errors import InputError
-from models.signatures import EXPLAIN_MODEL, EXPLAIN_PREPROCESS, IMAGE_BYTES, PROBABILITIES
+from data.errors import EXIT_DONE, InputError, report_error
+from data.inspection import ImageLimits, UnusableImageError, inspect_image, is_remote, read_file
+from models.attributions import BASELINES, DEFAULT_STEPS, METHODS, Explanation, check_settings, explain
+from models.explainable import ExplainableModel, find_saved_model
+from models.overlay import overlay, smooth
+from models.progress import Progress
 
-IMAGES = "images"  # input of `explain_model` and output of `explain_preprocess`
+logger = logging.getLogger("tfx_vision")
 
-# The baseline of the integrated gradients is the picture itself, blurred: as bright and as colourful, and without detail.
-# Tested on the default data's eight most confident mistakes, by blurring the tenth of the picture that a map of 32 steps marks:
-# the probability fell by 0.64 (by 0.28 where a random tenth was blurred). With a black baseline it fell by 0.25, no more than
-# by chance: on the way from black the contrast is so low that the network's answers are erratic, and the sum does not converge.
-BLUR = 1 / 28  # standard deviation, as a share of the image's side: 8 of 224 pixels
-DEFAULT_STEPS = 32
-_MAX_PIXELS_PER_BATCH = 16 * 224**2  # of the images that are in memory at once with all of the network's activations
-
-_SMOOTHING = 1 / 56  # standard deviation, as a share of the map's side; single pixels of a gradient are noise to the eye
-_PERCENTILE = 99.5  # of the absolute values: drawn with the full colour, as are those above
-_MAX_OPACITY = 0.8
-# Of the palette of Okabe and Ito, which colour-blind people tell apart.
-_FOR_COLOR = (213, 94, 0)
-_AGAINST_COLOR = (0, 114, 178)
+MAX_IMAGES = 50  # of one PNG
+NUM_REGIONS = 5  # in the JSON
+_TOP_SHARE = 0.1  # of the picture, in which its regions are looked for where the method has none
+_LONGEST_SIDE = 512  # pixels, of a picture in the PNG
+_SHORTEST_LONGEST_SIDE = 256  # pixels; a smaller picture is enlarged
+_MARGIN = 12  # pixels
+_FONT_SIZE = 20  # pixels
+_INK = (32, 32, 32)
 
 
-class ExplainableModel:
-    """An exported classifier, loaded by TensorFlow alone, with gradients of its answers."""
-
-    def __init__(self, folder: str):
-        """Loads a SavedModel.
-
-        Args:
-          folder: of the SavedModel; local or gs://.
-
-        Raises:
-          InputError: if there is none that can be loaded, or it lacks the signatures.
-        """
-        expected = f"Expected a SavedModel with the signatures {EXPLAIN_PREPROCESS} and {EXPLAIN_MODEL}."
-        remedy = "Take the folder of a model that this pipeline has trained or pushed."
-        try:
-            self._model = tf.saved_model.load(folder)  # kept, as its variables go with it
-        except (OSError, ValueError, tf.errors.OpError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"{expected} Received: {folder!r}, which cannot be loaded: {reason} {remedy}") from error
-        signatures = self._model.signatures
-        if EXPLAIN_PREPROCESS not in signatures or EXPLAIN_MODEL not in signatures:
-            raise InputError(f"{expected} Received: {folder!r} with {', '.join(signatures) or 'none'}. {remedy}")
-        self._preprocess = signatures[EXPLAIN_PREPROCESS]
-        self._predict = signatures[EXPLAIN_MODEL]
-        images = self._predict.structured_input_signature[1][IMAGES]
-        # Traced, as a gradient that is taken eagerly is three times as slow.
-        self._differentiate = tf.function(
-            self._gradients, input_signature=[images, tf.TensorSpec([], tf.int32)], autograph=False
-        )
-        self.num_classes = int(self._predict.structured_outputs[PROBABILITIES].shape[-1])
-
-    def _gradients(self, images: tf.Tensor, class_index: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(images)
-            answers = self._predict(**{IMAGES: images})[PROBABILITIES][:, class_index]
-        return tape.gradient(answers, images)
-
-    def preprocess(self, image_bytes: Sequence[bytes]) -> np.ndarray:
-        """Decodes and resizes images as in serving.
-
-        Args:
-          image_bytes: encoded images, one or more.
-
-        Returns:
-          float32 [num_images, height, width, 3]; RGB in [0, 255], what the network sees.
-
-        Raises:
-          tf.errors.InvalidArgumentError: if one of them is no image.
-        """
-        return self._preprocess(**{IMAGE_BYTES: tf.constant(list(image_bytes))})[IMAGES].numpy()
-
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Gives float32 [num_images, num_classes] of float32 [num_images, height, width, 3] images in [0, 255]."""
-        return self._predict(**{IMAGES: tf.constant(images, tf.float32)})[PROBABILITIES].numpy()
-
-    def gradients(self, images: np.ndarray, class_index: int) -> np.ndarray:
-        """Differentiates the probability of one class by every pixel.
-
-        Args:
-          images: float32 [num_images, height, width, 3] in [0, 255].
-          class_index: of the class, in [0, num_classes).
-
-        Returns:
-          float32 [num_images, height, width, 3]; probability per grey level.
-
-        Raises:
-          ValueError: if there is no such class.
-        """
-        if not 0 <= class_index < self.num_classes:
-            raise ValueError(
-                f"Expected `class_index` in [0, {self.num_classes}). Received: class_index={class_index}. "
-                "Take the class's place in labels.txt."
-            )
-        return self._differentiate(tf.constant(images, tf.float32), tf.constant(class_index)).numpy()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parse_arguments(argv)
+    handler = logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        _explain_files(arguments)
+    except Exception as error:
+        return report_error(error, debug=arguments.debug)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return EXIT_DONE
 
 
-def integrated_gradients(
-    model: ExplainableModel, image_bytes: bytes, class_index: int, *, num_steps: int = DEFAULT_STEPS
-) -> np.ndarray:
-    """Shares the probability of a class out among the pixels of an image: what each added to it, or took from it.
-
-    The values add up to the difference between the probability for the image and that for its blurred copy, the baseline; how
-    closely, depends on `num_steps`. On the default data's eight most confident mistakes the median gap was 0.05 with 32 steps
-    (the largest 0.68) and 0.09 with 64 (0.17).
-
-    Args:
-      model: the classifier.
-      image_bytes: an encoded image.
-      class_index: of the class to be explained, in [0, num_classes).
-      num_steps: images between the baseline and the image, both included, at which the gradient is taken; at least 2.
-
-    Returns:
-      float32 [height, width] of the network's input; positive where a pixel speaks for the class.
-
-    Raises:
-      ValueError: if there is no such class, or `num_steps` is below 2.
-      tf.errors.InvalidArgumentError: if the bytes are no image.
-
-    Source: Sundararajan et al., "Axiomatic attribution for deep networks", https://arxiv.org/abs/1703.01365
-    """
-    if num_steps < 2:
-        raise ValueError(f"Expected `num_steps` of 2 or more. Received: num_steps={num_steps}. Use {DEFAULT_STEPS}.")
-    (image,) = model.preprocess([image_bytes])
-
-    def differentiate(images: np.ndarray, call_model_args: None, expected_keys: Sequence[str]) -> dict[str, np.ndarray]:
-        return {saliency.INPUT_OUTPUT_GRADIENTS: model.gradients(images, class_index)}
-
-    attribution = saliency.IntegratedGradients().GetMask(
-        image,
-        differentiate,
-        x_baseline=blurred(image),
-        x_steps=num_steps,
-        batch_size=max(1, min(num_steps, _MAX_PIXELS_PER_BATCH // (image.shape[0] * image.shape[1]))),
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.explain",
+        description="Shows what in a picture speaks for a class (orange) and against it (blue).",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong input.",
     )
-    return attribution.sum(axis=-1).astype(np.float32)
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="SavedModel, or a folder of its versions, of which the latest; or gs://"
+    )
+    parser.add_argument("--image", required=True, nargs="+", metavar="F", help="pictures, a row of the PNG for each")
+    parser.add_argument("--method", default="integrated_gradients", choices=METHODS, help="default: %(default)s")
+    parser.add_argument("--output", required=True, metavar="F.png", help="to write; the numbers go into F.json beside it")
+    parser.add_argument("--class", dest="class_name", metavar="NAME", help="to explain (default: the most probable)")
+    parser.add_argument(
+        "--steps", type=int, default=DEFAULT_STEPS, metavar="N", help="gradients for a picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--baseline", default="blurred", choices=BASELINES, help="picture to explain against (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--noisy-copies", type=int, default=0, metavar="N", help="SmoothGrad: the mean over copies with noise (default: none)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
 
 
-def blurred(image: np.ndarray) -> np.ndarray:
-    """Blurs float32 [height, width, 3] as the baseline of the integrated gradients is, by `BLUR` of each side."""
-    height, width, _ = image.shape
-    return ndimage.gaussian_filter(image, (BLUR * height, BLUR * width, 0), mode="nearest")
+def _explain_files(arguments: argparse.Namespace) -> None:
+    output = _check_output(arguments.output, arguments.image)
+    # Whatever is wrong is said before the model is loaded, which takes seconds.
+    check_settings(
+        arguments.method, baseline=arguments.baseline, num_steps=arguments.steps, num_noisy_copies=arguments.noisy_copies
+    )
+    pictures = [_read_picture(path) for path in arguments.image]
+    folder = find_saved_model(os.path.expanduser(arguments.model))
+    logger.info("loading the model %s", folder)
+    model = ExplainableModel(folder)
+    class_index = _find_class(model, arguments.class_name)
+    num_gradients = 1 if arguments.method == "grad_cam" else arguments.steps * max(1, arguments.noisy_copies)
+    progress = Progress(f"{arguments.method}, gradients", total=len(pictures) * num_gradients)
+    model.on_gradients = progress.advance
+    rows, entries = [], []
+    for path, encoded in zip(arguments.image, pictures, strict=True):
+        explanation = explain(
+            model,
+            encoded,
+            method=arguments.method,
+            class_index=class_index,
+            baseline=arguments.baseline,
+            num_steps=arguments.steps,
+            num_noisy_copies=arguments.noisy_copies,
+        )
+        name = model.class_names[explanation.class_index]
+        rows.append(_draw_row(encoded, explanation, title=f"{name} {explanation.probability:.1%}", subtitle=Path(path).name))
+        entries.append({"image": path} | describe(explanation, model.class_names))
+    version = posixpath.basename(folder.rstrip("/"))
+    document = {
+        "model": {"folder": folder, "version": version if version.isdecimal() else None, "fingerprint": model.fingerprint},
+        "explanations": entries,
+    }
+    _write(output, _stack(rows), document)
+    for entry in entries:
+        print(f"{entry['image']}: {entry['class']} {entry['probability']:.1%}")
+    print(f"Picture  {output}\nNumbers  {output.with_suffix('.json')}")
 
 
-def overlay(image: Image.Image, attribution: np.ndarray) -> Image.Image:
-    """Draws an attribution over its image: orange speaks for the class, blue against it.
+def _check_output(path: str, images: Sequence[str]) -> Path:
+    output = Path(path).expanduser()
+    if is_remote(path) or output.suffix.lower() != ".png" or output.is_dir() or not output.parent.is_dir():
+        raise InputError(
+            f"Expected --output to be a .png file in a folder of this machine that is there. Received: {path!r}. "
+            "Give one, such as explanation.png."
+        )
+    if any(not is_remote(image) and Path(image).expanduser().resolve() == output.resolve() for image in images):
+        raise InputError(f"Expected --output to be another file than the pictures. Received: {path!r} for both. Rename it.")
+    if len(images) > MAX_IMAGES:
+        raise InputError(
+            f"Expected at most {MAX_IMAGES} pictures, which go into one PNG. Received: {len(images)}. Call it several times."
+        )
+    return output
 
-    The image becomes grey, as colours would mix. It may have another size and aspect than the attribution, as the network
-    squeezes its input into a square; the map is stretched back.
+
+def _read_picture(path: str) -> bytes:
+    """Reads a picture as the data set's preparation does: upright, and JPEG or PNG."""
+    try:
+        return inspect_image(read_file(os.path.expanduser(path)), ImageLimits()).encoded
+    except UnusableImageError as error:
+        raise InputError(f"Expected --image to be a picture. Received: {path!r}; {error}. Give another file.") from error
+
+
+def _find_class(model: ExplainableModel, name: str | None) -> int | None:
+    if name is None:
+        return None
+    if name not in model.class_names:
+        raise InputError(
+            f"Expected --class to be one of the model's {len(model.class_names)} classes, {', '.join(model.class_names[:20])}. "
+            f"Received: {name!r}."
+        )
+    return model.class_names.index(name)
+
+
+def describe(explanation: Explanation, class_names: Sequence[str]) -> dict[str, Any]:
+    """Puts an explanation into numbers, ready for JSON.
 
     Args:
-      image: RGB.
-      attribution: float32 [height, width], any range.
+      explanation: of one picture.
+      class_names: in the order of the probabilities.
 
     Returns:
-      An RGB image of the size of `image`.
-
-    Raises:
-      ValueError: if a value of the attribution is not finite.
+      `method`, `class`, `probability`, `probabilities` (class -> probability), `baseline_probability`, `completeness_gap`,
+      `approximation_error` (these three None for Grad-CAM), `parameters`, `sum_for` and `sum_against` (of the attribution's
+      positive and negative values), and `regions`: the first `NUM_REGIONS`, each with `box` (left, top, right, bottom as shares
+      of the picture), `area` (share of the picture) and `attribution` (the sum of the heat map in it).
     """
-    if not np.isfinite(attribution).all():
-        raise ValueError("Expected an attribution of finite values. Received: some that are not. Check the model's weights.")
-    smooth = ndimage.gaussian_filter(attribution, [_SMOOTHING * side for side in attribution.shape])
-    scale = np.percentile(np.abs(smooth), _PERCENTILE)
-    strength = np.clip(smooth / scale, -1, 1) if scale > 0 else np.zeros_like(smooth)
-    stretched = Image.fromarray(strength.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-    strength = np.asarray(stretched)[..., np.newaxis]
-    color = np.where(strength > 0, _FOR_COLOR, _AGAINST_COLOR)
-    grey = np.asarray(image.convert("L").convert("RGB"), np.float32)
-    opacity = _MAX_OPACITY * np.abs(strength)
-    return Image.fromarray((grey * (1 - opacity) + color * opacity).round().astype(np.uint8))
+    return {
+        "method": explanation.method,
+        "class": class_names[explanation.class_index],
+        "probability": explanation.probability,
+        "probabilities": dict(zip(class_names, explanation.probabilities.tolist(), strict=True)),
+        "baseline_probability": explanation.baseline_probability,
+        "completeness_gap": explanation.completeness_gap,
+        "approximation_error": explanation.approximation_error,
+        "parameters": explanation.parameters,
+        "sum_for": float(explanation.attribution.clip(min=0).sum(dtype=np.float64)),
+        "sum_against": float(explanation.attribution.clip(max=0).sum(dtype=np.float64)),
+        "regions": _top_regions(explanation),
+    }
+
+
+def _top_regions(explanation: Explanation) -> list[dict[str, Any]]:
+    """Takes the regions of XRAI, or what hangs together among the tenth of the pixels with the largest smoothed values."""
+    heat_map = explanation.heat_map
+    labels = explanation.regions
+    if labels is None:
+        strength = smooth(heat_map)
+        labels, _ = ndimage.label((strength > 0) & (strength >= np.quantile(strength, 1 - _TOP_SHARE)))
+    height, width = heat_map.shape
+    found = []
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        rows, columns = box
+        inside = labels[box] == label
+        found.append(
+            {
+                "box": [columns.start / width, rows.start / height, columns.stop / width, rows.stop / height],
+                "area": float(inside.sum() / labels.size),
+                "attribution": float(heat_map[box][inside].sum(dtype=np.float64)),
+            }
+        )
+    if explanation.regions is None:  # those of XRAI are in their order
+        found.sort(key=lambda region: -region["attribution"])
+    return found[:NUM_REGIONS]
+
+
+def _draw_row(encoded: bytes, explanation: Explanation, *, title: str, subtitle: str) -> Image.Image:
+    """Draws a picture beside its overlay, under a title."""
+    picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+    longest = max(picture.size)
+    scale = min(_LONGEST_SIDE, max(_SHORTEST_LONGEST_SIDE, longest)) / longest
+    picture = picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
+    drawn = overlay(picture, explanation.heat_map)
+    top = _MARGIN + 2 * round(1.4 * _FONT_SIZE)
+    row = Image.new("RGB", (2 * picture.width + 3 * _MARGIN, top + picture.height + _MARGIN), "white")
+    pen = ImageDraw.Draw(row)
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # the font with most alphabets that is installed anyway
+    for number, (text, weight) in enumerate(((title, "-Bold"), (f"{subtitle} · {explanation.method.replace('_', ' ')}", ""))):
+        font = ImageFont.truetype(str(fonts / f"DejaVuSans{weight}.ttf"), _FONT_SIZE if weight else 0.7 * _FONT_SIZE)
+        text = _fit(text, font, width=row.width - 2 * _MARGIN)
+        pen.text((_MARGIN, _MARGIN + number * round(1.4 * _FONT_SIZE)), text, fill=_INK, font=font)
+    row.paste(picture, (_MARGIN, top))
+    row.paste(drawn, (2 * _MARGIN + picture.width, top))
+    return row
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
+    """Shortens a text until it fits."""
+    shorter = text
+    while font.getlength(shorter) > width and len(text) > 1:
+        text = text[:-1]
+        shorter = f"{text}…"
+    return shorter
+
+
+def _stack(rows: Sequence[Image.Image]) -> Image.Image:
+    page = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        page.paste(row, (0, top))
+        top += row.height
+    return page
+
+
+def _write(output: Path, page: Image.Image, document: dict[str, Any]) -> None:
+    """Writes both files, or neither."""
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".explanation-") as folder:
+            picture, numbers = Path(folder, "page.png"), Path(folder, "page.json")
+            page.save(picture)
+            numbers.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(numbers, output.with_suffix(".json"))
+            os.replace(picture, output)
+    except OSError as error:
+        raise InputError(
+            f"Expected to write {str(output)!r} and its .json. Received: {error.strerror}. Give another --output."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "min_accuracy": 0.6,
             "min_class_accuracy": 0.3,
             "min_slice_accuracy": 0.3,
+            "max_overconfidence": 0.5,
             "max_calibration_error": 0.5,
             "min_class_examples": 1,
         },

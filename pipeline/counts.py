@@ -37,6 +37,8 @@ RECALL = "recall"
 F1 = "f1"
 LOG_LOSS = "log_loss"
 CALIBRATION_ERROR = "expected_calibration_error"
+OVERCONFIDENCE = "overconfidence"  # the part of the calibration error by which probabilities are too high
+CALIBRATIONS = (CALIBRATION_ERROR, OVERCONFIDENCE)
 ROC_AUC = "roc_auc"
 PR_AUC = "pr_auc"
 EXAMPLE_COUNT = "example_count"
@@ -193,8 +195,8 @@ class Summary:
             return math.nan
         if metric == LOG_LOSS:
             return float(self.counts.losses[0 if predicted is self._candidate else 2] / self.num_examples)
-        if metric == CALIBRATION_ERROR:
-            return self._calibration[0]
+        if metric in CALIBRATIONS:
+            return self._calibration_of(metric)[0]
         return float(_pick(self._from_outcomes(predicted, metric, self._images[None]), class_index)[0])
 
     def interval(self, metric: str, class_index: int | None = None) -> Interval | None:
@@ -218,8 +220,8 @@ class Summary:
             return wilson_interval(right[self._labels == class_index].sum(), predicted)
         if metric == LOG_LOSS:
             return _normal_interval(self.counts.losses[0], self.counts.losses[1], self.num_examples)
-        if metric == CALIBRATION_ERROR:
-            return self._calibration[1]
+        if metric in CALIBRATIONS:
+            return self._calibration_of(metric)[1]
         low, high = _percentiles(_pick(self._drawn("candidate", metric), class_index))
         return (low, high) if low < high else None  # of a few images that are all alike
 
@@ -319,9 +321,8 @@ class Summary:
         occurs = (true > 0) | (named > 0)
         return (values * occurs).sum(axis=1) / occurs.sum(axis=1)
 
-    @functools.cached_property
-    def _calibration(self) -> tuple[float, Interval | None]:
-        """Returns the expected calibration error and its interval, both less what chance adds to it.
+    def _calibration_of(self, metric: str) -> tuple[float, Interval | None]:
+        """Returns the expected calibration error or the overconfidence, and its interval, both less what chance adds to it.
 
         Noise makes gaps larger: a few dozen answers of a perfectly calibrated model have an error above 0.1. What a calibrated
         model with these probabilities would show is taken off as a square, as noise and gap add up like that; images that are
@@ -334,14 +335,14 @@ class Summary:
         means = np.divide(confidence, count, out=np.zeros(NUM_BINS), where=count > 0)
 
         def errors(images: np.ndarray, hits: np.ndarray) -> np.ndarray:
-            return _calibration_error(np.stack(np.broadcast_arrays(images, images * means, hits), axis=-1))
+            return _calibration_error(np.stack(np.broadcast_arrays(images, images * means, hits), axis=-1), metric)
 
         hits_by_chance = random.binomial(count.astype(int), np.clip(means, 0, 1), (_NUM_DRAWS, NUM_BINS))
         noise = np.square(errors(count, hits_by_chance)).mean()
         cells = np.concatenate([right, count - right])
         drawn = random.multinomial(int(count.sum()), cells / cells.sum(), _NUM_DRAWS)
         hits, misses = drawn[:, :NUM_BINS], drawn[:, NUM_BINS:]
-        value = math.sqrt(max(float(_calibration_error(self.counts.bins)) ** 2 - noise, 0.0))
+        value = math.sqrt(max(float(_calibration_error(self.counts.bins, metric)) ** 2 - noise, 0.0))
         low, high = _percentiles(np.sqrt(np.maximum(np.square(errors(hits + misses, hits)) - 2 * noise, 0)))
         return value, (min(low, value), max(high, value))
 
@@ -396,11 +397,11 @@ def _per_class(images: np.ndarray, classes: np.ndarray, num_classes: int) -> np.
     return images @ one_hot
 
 
-def _calibration_error(bins: np.ndarray) -> np.ndarray:
-    """Returns the expected calibration error of bins [..., NUM_BINS, 3], in [0, 1]; NaN without images."""
+def _calibration_error(bins: np.ndarray, metric: str) -> np.ndarray:
+    """Returns the calibration error, or the overconfidence, of bins [..., NUM_BINS, 3], in [0, 1]; 0 without images."""
     count, confidence, right = np.moveaxis(bins, -1, 0)
-    total = count.sum(axis=-1)
-    return np.where(total > 0, np.abs(right - confidence).sum(axis=-1) / np.maximum(total, 1), np.nan)
+    gaps = np.abs(confidence - right) if metric == CALIBRATION_ERROR else np.maximum(confidence - right, 0)
+    return gaps.sum(axis=-1) / np.maximum(count.sum(axis=-1), 1)
 
 
 def _normal_interval(total: float, squares: float, count: int) -> Interval:

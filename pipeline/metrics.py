@@ -18,10 +18,12 @@ from tensorflow_model_analysis.utils import model_util
 from pipeline.counts import (
     ACCURACY,
     CALIBRATION_ERROR,
+    CALIBRATIONS,
     LOG_LOSS,
     MACRO_F1,
     MACRO_PRECISION,
     MACRO_RECALL,
+    OVERCONFIDENCE,
     PR_AUC,
     ROC_AUC,
     Counts,
@@ -33,7 +35,7 @@ ANSWERS_KEY = "answers"  # of the extracts; see `pipeline.extractors`
 COUNTS = "counts"  # the metric that holds `Counts` as JSON
 UNANSWERED = "images without an answer"
 INCOMPARABLE = "images without an answer of the latest blessed model"
-SUMMARIES = (ACCURACY, MACRO_PRECISION, MACRO_RECALL, MACRO_F1, LOG_LOSS, CALIBRATION_ERROR)
+SUMMARIES = (ACCURACY, MACRO_PRECISION, MACRO_RECALL, MACRO_F1, LOG_LOSS, CALIBRATION_ERROR, OVERCONFIDENCE)
 
 MetricValues = dict[metric_types.MetricKey, Any]
 
@@ -174,7 +176,7 @@ def _judge(
     found = {_public_key(metric, candidate): value for metric, value in values.items()}
     if has_baseline:
         found |= {
-            _public_key(metric, baseline): summary.baseline_value(metric) for metric in SUMMARIES if metric != CALIBRATION_ERROR
+            _public_key(metric, baseline): summary.baseline_value(metric) for metric in SUMMARIES if metric not in CALIBRATIONS
         }
     return found
 

@@ -13,7 +13,9 @@ import tensorflow as tf
 
 from data.features import TEST_SPLIT, TRAIN_SPLIT
 from data.thumbnails import Thumbnail, contact_sheets, encode_thumbnail, read_records, shrink
-from models.explain import ExplainableModel, integrated_gradients, overlay
+from models.attributions import integrated_gradients
+from models.explainable import ExplainableModel
+from models.overlay import overlay
 
 logger = logging.getLogger("tfx_vision")
 

@@ -16,12 +16,14 @@ from data.features import BRIGHTNESS_GROUP, LABEL_KEY, SIZE_GROUP
 from pipeline.counts import (
     ACCURACY,
     CALIBRATION_ERROR,
+    CALIBRATIONS,
     EXAMPLE_COUNT,
     F1,
     LOG_LOSS,
     MACRO_F1,
     MACRO_PRECISION,
     MACRO_RECALL,
+    OVERCONFIDENCE,
     PR_AUC,
     PRECISION,
     RECALL,
@@ -46,12 +48,13 @@ Metric = Literal[
     "pr_auc",
     "log_loss",
     "expected_calibration_error",
+    "overconfidence",
 ]
 MAX_CLASSES_WITH_AREAS = 50  # TFMA keeps a histogram for each class and slice
 _OF_A_CLASS = (PRECISION, RECALL, F1)
-_OF_ALL = (ACCURACY, MACRO_PRECISION, MACRO_RECALL, MACRO_F1, LOG_LOSS, CALIBRATION_ERROR)
-_LOWER_IS_BETTER = (LOG_LOSS, CALIBRATION_ERROR)
-_WITHOUT_CHANGE = (ROC_AUC, PR_AUC, CALIBRATION_ERROR)
+_OF_ALL = (ACCURACY, MACRO_PRECISION, MACRO_RECALL, MACRO_F1, LOG_LOSS, *CALIBRATIONS)
+_LOWER_IS_BETTER = (LOG_LOSS, *CALIBRATIONS)
+_WITHOUT_CHANGE = (ROC_AUC, PR_AUC, *CALIBRATIONS)
 _WORDS = {CALIBRATION_ERROR: "expected calibration error", LOG_LOSS: "log loss", ROC_AUC: "ROC-AUC", PR_AUC: "PR-AUC", F1: "F1"}
 
 
@@ -59,8 +62,8 @@ class Threshold(pydantic.BaseModel):
     """One threshold: `{metric = "recall", class = "defective", slice = "cell_type=mono", min = 0.75}`.
 
     Attributes:
-      metric: accuracy, macro_precision, macro_recall, macro_f1, log_loss, expected_calibration_error; precision, recall, f1 of
-        a class; roc_auc and pr_auc of a class or, without one, the macro average.
+      metric: accuracy, macro_precision, macro_recall, macro_f1, log_loss, expected_calibration_error, overconfidence;
+        precision, recall, f1 of a class; roc_auc and pr_auc of a class or, without one, the macro average.
       class_name: `class` in the file; a class, or `*` for each.
       slice: empty for all test images, `column` for each of its values, `column=value` for one.
       min: the lowest value that passes.
@@ -121,7 +124,10 @@ class EvaluationConfig(pydantic.BaseModel):
       min_accuracy: of all test images, in [0, 1].
       min_class_accuracy: of the test images of each class (its recall), in [0, 1].
       min_slice_accuracy: of each value of each extra column, in [0, 1].
-      max_calibration_error: highest expected calibration error over all test images, in [0, 1]; judged from 50 images on.
+      max_overconfidence: by how much the probability of the predicted class may be higher than the share of right answers, on
+        average over all test images, in [0, 1]; judged from 50 images on.
+      max_calibration_error: highest expected calibration error, which counts probabilities that are too low as well; label
+        smoothing and mixup make them so.
       max_accuracy_drop: how much less accurate than the latest blessed model it may be, in [0, 1]; more than that is refused
         where it is more than noise: where as good a model would look that much worse in less than 1 of 40 runs, over all
         comparisons of a kind.
@@ -141,7 +147,8 @@ class EvaluationConfig(pydantic.BaseModel):
     min_accuracy: float = pydantic.Field(0.7, ge=0, le=1)
     min_class_accuracy: float = pydantic.Field(0.5, ge=0, le=1)
     min_slice_accuracy: float = pydantic.Field(0.6, ge=0, le=1)
-    max_calibration_error: float = pydantic.Field(0.1, ge=0, le=1)
+    max_overconfidence: float = pydantic.Field(0.1, ge=0, le=1)
+    max_calibration_error: float = pydantic.Field(0.25, ge=0, le=1)
     max_accuracy_drop: float = pydantic.Field(0.01, ge=0, le=1)
     max_class_accuracy_drop: float = pydantic.Field(0.1, ge=0, le=1)
     max_slice_accuracy_drop: float = pydantic.Field(0.1, ge=0, le=1)
@@ -263,16 +270,11 @@ def limits_of(config: EvaluationConfig, class_names: Sequence[str], columns: Seq
         Limit(EXAMPLE_COUNT, "min", config.min_class_examples, name, setting="evaluation.min_class_examples") for name in judged
     ]
     limits.append(Limit(ACCURACY, "min", config.min_accuracy, setting="evaluation.min_accuracy"))
-    limits.append(
-        Limit(
-            CALIBRATION_ERROR,
-            "max",
-            config.max_calibration_error,
-            min_examples=_MIN_EXAMPLES_OF_CALIBRATION,
-            few="wait",
-            setting="evaluation.max_calibration_error",
-        )
-    )
+    for metric, value, setting in (
+        (OVERCONFIDENCE, config.max_overconfidence, "evaluation.max_overconfidence"),
+        (CALIBRATION_ERROR, config.max_calibration_error, "evaluation.max_calibration_error"),
+    ):
+        limits.append(Limit(metric, "max", value, min_examples=_MIN_EXAMPLES_OF_CALIBRATION, few="wait", setting=setting))
     limits.append(Limit(ACCURACY, "max_worsening", config.max_accuracy_drop, setting="evaluation.max_accuracy_drop"))
     for kind, value, setting in (
         ("min", config.min_class_accuracy, "evaluation.min_class_accuracy"),

@@ -1,176 +1,186 @@
+import json
+import re
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASS_NAMES, TRANSFORM_IMAGE_SIZE
 from PIL import Image
+from two_objects import BLUE_BOX, RED_BOX, SIZE, export_network, make_picture
 
-from data.errors import InputError
-from models.classifier import ModelConfig, build_head, build_statistics, fit_projection, join
-from models.explain import ExplainableModel, blurred, integrated_gradients, overlay
-from models.signatures import ImageClassifier, export
-from preprocessing.images import decode_images
-from preprocessing.transform import TransformGraph
-
-HEAD_SCALE = 2  # an untrained head is hardly moved by anything
-SIZE = 28  # pixels; the baseline's blur has a standard deviation of one
-WEIGHTS = np.linspace(-1, 1, SIZE * SIZE * 3).reshape(SIZE, SIZE, 3).astype(np.float32) / 1000
-
-
-class _KnownFunctions(tf.Module):
-    """Two functions in place of probabilities, whose attributions are known by hand."""
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def explain_preprocess(self, image_bytes):
-        def decode(encoded):
-            return tf.ensure_shape(tf.io.decode_png(encoded, channels=3), (SIZE, SIZE, 3))
-
-        return {"images": tf.cast(tf.map_fn(decode, image_bytes, fn_output_signature=tf.uint8), tf.float32)}
-
-    @tf.function(input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32)])
-    def explain_model(self, images):
-        linear = tf.reduce_sum(images * WEIGHTS, axis=(1, 2, 3))
-        product = images[:, 2, 3, 0] * images[:, 20, 9, 1]
-        return {"probabilities": tf.stack([linear, product], axis=1)}
+from models.attributions import METHODS, explain
+from models.explain import main
+from models.explainable import ExplainableModel
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory) -> ExplainableModel:
-    path = str(tmp_path_factory.mktemp("known") / "model")
-    module = _KnownFunctions()
-    signatures = {name: getattr(module, name).get_concrete_function() for name in ("explain_preprocess", "explain_model")}
-    tf.saved_model.save(module, path, signatures=signatures)
-    return ExplainableModel(path)
+def serving_model(tmp_path_factory) -> Path:
+    """A folder of two versions, of which the earlier cannot be loaded."""
+    folder = tmp_path_factory.mktemp("serving_model")
+    (folder / "9").mkdir()
+    (folder / "9" / "saved_model.pb").write_bytes(b"no model")
+    export_network(folder / "10")
+    return folder
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, transform_graph, photograph) -> Path:
-    """A whole classifier, exported as the trainer does; its head is random, and its answers differ from image to image."""
-    config = ModelConfig(num_feature_maps=1, hidden_units=0)
-    statistics = build_statistics(config, image_size=TRANSFORM_IMAGE_SIZE)
-    photo = Image.open(photograph)
-    parts = [
-        photo.crop((x, y, x + 256, y + 256)).resize((TRANSFORM_IMAGE_SIZE, TRANSFORM_IMAGE_SIZE))
-        for x in (0, 256)
-        for y in (0, 150, 300)
-    ]
-    images = np.stack([np.asarray(part, np.float32) for part in parts])
-    projection = fit_projection(np.asarray(statistics(images, training=False)), num_components=4)
-    keras.utils.set_random_seed(4)
-    head = build_head(config, num_components=4, num_classes=2)
-    head.set_weights([HEAD_SCALE * weight for weight in head.get_weights()])
-    classifier = join(statistics, projection, head)
-    path = tmp_path_factory.mktemp("export") / "model"
-    export(ImageClassifier(classifier, TransformGraph(transform_graph), CLASS_NAMES), str(path))
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "two objects.png"
+    Image.fromarray(make_picture()).save(path)
     return path
 
 
-@pytest.fixture(scope="module")
-def noise() -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+def _run(serving_model, images, output, *options) -> int:
+    return main(["--model", str(serving_model), "--image", *map(str, images), "--output", str(output), *options])
 
 
-def test_integrated_gradients_of_a_linear_function_are_its_weights_times_the_detail(known, noise, encode):
-    image = noise.astype(np.float32)
-    expected = (WEIGHTS * (image - blurred(image))).sum(axis=-1)
-
-    for num_steps in (2, 7):
-        found = integrated_gradients(known, encode(noise), 0, num_steps=num_steps)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.abs(expected).max() > 0.1
+def _refused(capsys) -> str:
+    """Returns the one line that the command says about what is wrong."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading the model")]
+    (line,) = lines
+    return line
 
 
-def test_integrated_gradients_of_a_product_share_it_between_its_two_factors(known, noise, encode):
-    found = integrated_gradients(known, encode(noise), 1, num_steps=5)
+@pytest.mark.parametrize("method", METHODS)
+def test_main_writes_a_picture_and_its_numbers(serving_model, picture, tmp_path, capsys, method):
+    output = tmp_path / "why.png"
 
-    image = noise.astype(np.float32)
-    baseline = blurred(image)
-    (first, second), (first_before, second_before) = ((pixels[2, 3, 0], pixels[20, 9, 1]) for pixels in (image, baseline))
-    # Each factor gets its own change, times the mean of the other along the straight way.
-    assert found[2, 3] == pytest.approx((first - first_before) * (second + second_before) / 2, rel=1e-4)
-    assert found[20, 9] == pytest.approx((second - second_before) * (first + first_before) / 2, rel=1e-4)
-    assert np.count_nonzero(found) == 2
-    assert found.sum() == pytest.approx(first * second - first_before * second_before, rel=1e-4)
+    assert _run(serving_model, [picture], output, "--method", method) == 0
 
-
-def test_integrated_gradients_of_an_exported_model_add_up_to_the_change_of_the_probability(exported, photograph):
-    model = ExplainableModel(str(exported))
-    encoded = photograph.read_bytes()
-    image = model.preprocess([encoded])[0]
-
-    attributions = [integrated_gradients(model, encoded, index, num_steps=256) for index in (0, 1)]
-
-    after, before = model.probabilities(np.stack([image, blurred(image)]))
-    assert np.abs(after - before).max() > 0.5
-    for index, attribution in enumerate(attributions):
-        assert attribution.shape == (TRANSFORM_IMAGE_SIZE, TRANSFORM_IMAGE_SIZE)
-        assert attribution.dtype == np.float32
-        assert attribution.sum() == pytest.approx(after[index] - before[index], abs=0.05)
-    np.testing.assert_allclose(attributions[0], -attributions[1], atol=1e-4)  # two probabilities that sum to one
-
-
-def test_gradients_of_an_exported_model_are_those_of_small_changes(exported, photograph):
-    model = ExplainableModel(str(exported))
-    image = model.preprocess([photograph.read_bytes()])[0]
-
-    gradient = model.gradients(image[np.newaxis], 1)[0]
-
-    direction = gradient / np.linalg.norm(gradient)
-    higher, lower = model.probabilities(np.stack([image + direction, image - direction]))[:, 1]
-    assert np.linalg.norm(gradient) == pytest.approx((higher - lower) / 2, rel=0.05)
+    page = np.asarray(Image.open(output)).astype(int)
+    side = 256  # a small picture is enlarged
+    assert page.shape[1] == 2 * side + 36
+    left, right = page[-side - 12 : -12, 12 : 12 + side], page[-side - 12 : -12, 24 + side : 24 + 2 * side]
+    scale = side / SIZE
+    rows, columns = (slice(round(scale * part.start), round(scale * part.stop)) for part in BLUE_BOX)
+    assert left[rows, columns, 2].mean() > left[rows, columns, 0].mean() + 50  # the picture is in its colours
+    orange = (right[..., 0] - right[..., 2]).clip(min=0)
+    assert orange[rows, columns].mean() > 2 * orange.mean()
+    document = json.loads((tmp_path / "why.json").read_text())
+    assert document["model"]["version"] == "10"
+    assert document["model"]["folder"] == str(serving_model / "10")
+    assert document["model"]["fingerprint"]
+    (entry,) = document["explanations"]
+    expected = explain(ExplainableModel(str(serving_model / "10")), picture.read_bytes(), method=method)
+    assert (entry["method"], entry["class"]) == (method, "square")
+    assert entry["image"] == str(picture)
+    assert entry["probability"] == entry["probabilities"]["square"] == pytest.approx(expected.probability)
+    assert sum(entry["probabilities"].values()) == pytest.approx(1)
+    assert entry["completeness_gap"] == pytest.approx(expected.completeness_gap)
+    assert entry["sum_for"] + entry["sum_against"] == pytest.approx(expected.attribution.sum(), abs=1e-4)
+    assert "square" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two objects.png", "why.json", "why.png"]
 
 
-def test_preprocess_is_that_of_serving(exported, photograph):
-    encoded = photograph.read_bytes()
+@pytest.mark.parametrize("method", ["integrated_gradients", "xrai", "grad_cam"])
+def test_main_finds_the_regions_of_the_class(serving_model, picture, tmp_path, method):
+    options = () if method == "grad_cam" else ("--baseline", "black")
+    for name, (rows, columns) in (("circle", RED_BOX), ("square", BLUE_BOX)):
+        assert _run(serving_model, [picture], tmp_path / "why.png", "--class", name, "--method", method, *options) == 0
 
-    images = ExplainableModel(str(exported)).preprocess([encoded, encoded])
-
-    np.testing.assert_allclose(images[1], decode_images(tf.constant([encoded]), image_size=TRANSFORM_IMAGE_SIZE)[0], atol=1e-3)
-    assert images.shape == (2, TRANSFORM_IMAGE_SIZE, TRANSFORM_IMAGE_SIZE, 3)
-
-
-def test_explainable_model_refuses_what_is_no_such_model(tmp_path):
-    with pytest.raises(InputError, match=r"Expected a SavedModel with .* Received: '.*nowhere', which cannot be loaded"):
-        ExplainableModel(str(tmp_path / "nowhere"))
-    (tmp_path / "saved_model.pb").write_bytes(b"no model")
-    with pytest.raises(InputError, match="which cannot be loaded"):
-        ExplainableModel(str(tmp_path))
-    tf.saved_model.save(tf.Module(), str(tmp_path / "bare"))
-    with pytest.raises(InputError, match=r"Received: '.*bare' with none\. Take the folder"):
-        ExplainableModel(str(tmp_path / "bare"))
+        (entry,) = json.loads((tmp_path / "why.json").read_text())["explanations"]
+        assert entry["class"] == name
+        left, top, right, bottom = (SIZE * share for share in entry["regions"][0]["box"])
+        assert columns.start < (left + right) / 2 < columns.stop
+        assert rows.start < (top + bottom) / 2 < rows.stop
+        assert entry["regions"][0]["attribution"] > 0
+        assert 0 < entry["regions"][0]["area"] < 0.5
 
 
-def test_integrated_gradients_refuse_a_class_and_steps_that_there_are_not(known, noise, encode):
-    for class_index in (-1, 2):
-        with pytest.raises(ValueError, match=rf"Expected `class_index` in \[0, 2\)\. Received: class_index={class_index}"):
-            integrated_gradients(known, encode(noise), class_index)
-    with pytest.raises(ValueError, match="Received: num_steps=1"):
-        integrated_gradients(known, encode(noise), 0, num_steps=1)
+def test_main_draws_a_row_for_each_picture_upright(serving_model, tmp_path):
+    # 40 wide and 80 high on the screen, where the EXIF data turn it; red is on the top.
+    lying = np.zeros((40, 80, 3), np.uint8)
+    lying[:, :40, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(lying).save(tmp_path / "lying.jpg", exif=exif, quality=95)
+    Image.fromarray(make_picture()).save(tmp_path / "other.webp", lossless=True)
+
+    code = _run(serving_model, [tmp_path / "lying.jpg", tmp_path / "other.webp"], tmp_path / "why.png", "--method", "grad_cam")
+
+    assert code == 0
+    page = np.asarray(Image.open(tmp_path / "why.png")).astype(int)
+    second = page.shape[0] // 2
+    assert page.shape == (2 * second, 2 * 256 + 36, 3)
+    first = page[second - 12 - 256 : second - 12, 12 : 12 + 128]
+    assert first[20, 64, 0] > 200
+    assert first[236, 64, 0] < 50
+    entries = json.loads((tmp_path / "why.json").read_text())["explanations"]
+    assert [Path(entry["image"]).name for entry in entries] == ["lying.jpg", "other.webp"]
 
 
-def test_overlay_colours_what_speaks_for_and_against_and_stretches_it():
-    attribution = np.zeros((112, 112), np.float32)
-    attribution[20:36, 20:36], attribution[76:92, 76:92] = 3e-4, -3e-4
+def test_main_passes_its_settings_on(serving_model, picture, tmp_path):
+    options = ("--steps", "5", "--baseline", "mean", "--noisy-copies", "2", "--method", "xrai_fast")
 
-    drawn = np.asarray(overlay(Image.new("RGB", (160, 80), (90, 90, 90)), attribution)).astype(int)
+    assert _run(serving_model, [picture], tmp_path / "why.png", *options) == 0
 
-    assert drawn.shape == (80, 160, 3)
-    red, _, blue = drawn[20, 40]
-    assert red > blue + 90  # orange: up left, at a quarter of the height and of the width
-    red, _, blue = drawn[60, 120]
-    assert blue > red + 90
-    np.testing.assert_array_equal(drawn[60, 30], (90, 90, 90))
+    (entry,) = json.loads((tmp_path / "why.json").read_text())["explanations"]
+    assert entry["parameters"] == {"baseline": "mean", "num_steps": 5, "num_noisy_copies": 2}
 
 
-def test_overlay_of_nothing_leaves_the_image_grey():
-    drawn = overlay(Image.new("RGB", (9, 7), (255, 0, 0)), np.zeros((32, 32), np.float32))
+def test_main_shows_progress(serving_model, picture, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("models.progress._REPORT_SECONDS", 0.0)
 
-    assert drawn.size == (9, 7)
-    assert len(set(drawn.getpixel((4, 3)))) == 1
+    assert _run(serving_model, [picture, picture], tmp_path / "why.png", "--steps", "4") == 0
+
+    shown = re.findall(r"integrated_gradients, gradients .* +(\d+)%", capsys.readouterr().err)
+    assert shown == ["50", "100"]
 
 
-def test_overlay_refuses_what_is_not_finite():
-    with pytest.raises(ValueError, match="Expected an attribution of finite values"):
-        overlay(Image.new("RGB", (9, 7)), np.full((32, 32), np.nan, np.float32))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--class", "triangle"), "Expected --class to be one of the model's 2 classes, circle, square. Received: 'triangle'."),
+        (("--steps", "1"), "Expected `num_steps` in [2, 2000]. Received: num_steps=1."),
+        (("--method", "blur_integrated_gradients", "--baseline", "white"), "Expected `baseline` of blurred"),
+        (("--method", "grad_cam", "--noisy-copies", "3"), "Expected `num_noisy_copies` in [0, 0] with grad_cam."),
+    ],
+)
+def test_main_refuses_wrong_settings_in_one_line(serving_model, picture, tmp_path, capsys, options, message):
+    assert _run(serving_model, [picture], tmp_path / "why.png", *options) == 2
+
+    assert _refused(capsys).startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == [picture.name]
+
+
+def test_main_refuses_wrong_files_in_one_line(serving_model, picture, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:400])
+    cases = [
+        (serving_model, [picture, tmp_path / "text.jpg"], "why.png", "text.jpg'; it is no image of a known format"),
+        (serving_model, [tmp_path / "cut.png"], "why.png", "cut.png'; it is damaged"),
+        (serving_model, [tmp_path / "nowhere.png"], "why.png", "nowhere.png'; there is no such file"),
+        (serving_model, [picture], "why.jpg", "Expected --output to be a .png file"),
+        (serving_model, [picture], "nowhere/why.png", "Expected --output to be a .png file in a folder"),
+        (serving_model, [picture], picture.name, "Expected --output to be another file than the pictures"),
+        (serving_model, [picture] * 51, "why.png", "Expected at most 50 pictures, which go into one PNG. Received: 51"),
+        (tmp_path, [picture], "why.png", "Expected a SavedModel's folder"),
+        (serving_model / "9", [picture], "why.png", "which cannot be loaded"),
+    ]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for model, images, output, message in cases:
+        assert _run(model, images, tmp_path / output) == 2, message
+        assert message in _refused(capsys)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_main_says_that_an_earlier_model_has_no_grad_cam(serving_model, picture, tmp_path, capsys):
+    loaded = tf.saved_model.load(str(serving_model / "10"))
+    earlier = {name: loaded.signatures[name] for name in ("serving_default", "explain_preprocess", "explain_model")}
+    tf.saved_model.save(loaded, str(tmp_path / "earlier"), signatures=earlier)
+
+    assert _run(tmp_path / "earlier", [picture], tmp_path / "why.png", "--method", "grad_cam") == 2
+
+    assert "without which Grad-CAM is not available" in _refused(capsys)
+    assert not list(tmp_path.glob("why.*"))
+
+
+def test_main_writes_both_files_or_neither(serving_model, picture, tmp_path, capsys):
+    (tmp_path / "why.png").write_bytes(b"before")
+    (tmp_path / "why.json").mkdir()  # nothing can take its place
+
+    assert _run(serving_model, [picture], tmp_path / "why.png", "--method", "grad_cam") == 2
+
+    assert "Expected to write" in capsys.readouterr().err
+    assert (tmp_path / "why.png").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [picture.name, "why.json", "why.png"]

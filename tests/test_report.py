@@ -160,7 +160,7 @@ def test_write_report_of_a_blessed_model_says_where_it_is(tmp_path):
     assert "photos: blessed" in text
     assert "Blessed and pushed." in text
     assert "/runs/photos/serving_model/17" in text
-    assert "there was no earlier blessed model of these classes to compare it with" in text
+    assert "it was compared with no earlier model" in text
     assert "Not blessed" not in text
 
 

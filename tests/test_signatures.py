@@ -10,8 +10,10 @@ import pytest
 import tensorflow as tf
 from conftest import CLASS_NAMES, TRANSFORM_IMAGE_SIZE
 
+from data.errors import InputError
 from data.features import make_example
 from models.classifier import ModelConfig, build_head, build_statistics, fit_projection, join
+from models.explainable import ExplainableModel
 from models.signatures import ImageClassifier, export
 from preprocessing.images import decode_images
 from preprocessing.transform import TransformGraph
@@ -30,7 +32,7 @@ json.dump({"ours": ours, "probabilities": answer["probabilities"].numpy().tolist
 @pytest.fixture(scope="module")
 def classifier() -> keras.Model:
     """A classifier with a random head, whose answers differ from image to image."""
-    config = ModelConfig(num_feature_maps=1, hidden_units=0)
+    config = ModelConfig(num_feature_maps=2, hidden_units=0)
     statistics = build_statistics(config, image_size=TRANSFORM_IMAGE_SIZE)
     noise = np.random.default_rng(0).uniform(0, 255, (8, TRANSFORM_IMAGE_SIZE, TRANSFORM_IMAGE_SIZE, 3))
     projection = fit_projection(np.asarray(statistics([noise.astype(np.float32)], training=False)), num_components=4)
@@ -84,13 +86,17 @@ def test_signatures_are_those_of_the_contract(signatures):
     }
     size = TRANSFORM_IMAGE_SIZE
     image = (tf.float32, [None, size, size, 3])
+    feature_maps = {"feature_map6": (tf.float32, [None, 1, 1, 320]), "feature_map7": (tf.float32, [None, 1, 1, 1280])}
     expected = {
         "serving_default": ({"image_bytes": (tf.string, [None])}, answer),
         "examples": ({"examples": (tf.string, [None])}, answer),
         "transform_features": ({"examples": (tf.string, [None])}, {"label_xf": (tf.int64, [None])}),
         "explain_preprocess": ({"image_bytes": (tf.string, [None])}, {"images": image}),
         "explain_model": ({"images": image}, {"probabilities": (tf.float32, [None, 2])}),
+        "explain_feature_maps": ({"images": image}, feature_maps),
+        "explain_head": (feature_maps, dict.fromkeys(("probabilities", "logits"), (tf.float32, [None, 2]))),
     }
+    expected |= {f"xai_{half}": expected[f"explain_{half}"] for half in ("preprocess", "model")}
 
     assert set(signatures) == set(expected)
     for name, (inputs, outputs) in expected.items():
@@ -163,6 +169,45 @@ def test_explain_model_has_a_gradient_with_respect_to_the_image(signatures, enco
     assert gradient.shape == images.shape
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0
+
+
+def test_halves_of_the_network_give_its_answers(signatures, classifier, encoded):
+    images = decode_images(tf.constant(encoded), image_size=TRANSFORM_IMAGE_SIZE)
+
+    maps = signatures["explain_feature_maps"](images=images)
+    answer = signatures["explain_head"](**maps)
+
+    expected = np.asarray(classifier([images], training=False))
+    assert np.ptp(expected[:, 0]) > 0.01
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
+    np.testing.assert_allclose(tf.nn.softmax(answer["logits"]), expected, atol=1e-5)
+    for name in maps:  # each is read
+        without = signatures["explain_head"](**(maps | {name: tf.zeros_like(maps[name])}))
+        assert np.abs(without["probabilities"] - expected).max() > 1e-4, name
+
+
+class _MeanColour(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec([None, TRANSFORM_IMAGE_SIZE, TRANSFORM_IMAGE_SIZE, 3], tf.float32)])
+    def __call__(self, images):
+        return tf.reduce_mean(images, axis=(1, 2))
+
+
+def test_signatures_of_a_hub_model_are_without_halves(tmp_path, transform_graph, encoded):
+    tf.saved_model.save(_MeanColour(), str(tmp_path / "hub"))
+    config = ModelConfig(backbone=str(tmp_path / "hub"), hidden_units=0)
+    statistics = build_statistics(config, image_size=TRANSFORM_IMAGE_SIZE)
+    images = decode_images(tf.constant(encoded), image_size=TRANSFORM_IMAGE_SIZE)
+    projection = fit_projection(np.asarray(statistics([images], training=False)), num_components=2)
+    network = join(statistics, projection, build_head(config, num_components=2, num_classes=2))
+    export(ImageClassifier(network, TransformGraph(transform_graph), CLASS_NAMES), str(tmp_path / "model"))
+
+    model = ExplainableModel(str(tmp_path / "model"))
+
+    np.testing.assert_allclose(model.probabilities(images), np.asarray(network([images], training=False)), atol=1e-5)
+    with pytest.raises(
+        InputError, match=r"Received: .* a model whose backbone gives no feature maps\. Take integrated_gradients"
+    ):
+        model.feature_map_gradients(images[0].numpy(), 0)
 
 
 def test_saved_model_runs_in_a_process_with_tensorflow_alone(saved_model, signatures, photograph, tmp_path):

@@ -52,19 +52,21 @@ def test_limit_that_is_missed_says_its_subject(limit, subject):
     assert reason.startswith(subject)
 
 
-def test_limit_of_the_calibration_error_refuses_a_model_that_is_too_sure_of_itself():
+def test_limit_of_overconfidence_refuses_a_model_that_is_too_sure_of_itself():
     answers = [answer(0, int(number % 10 == 0), confidence=0.999) for number in range(100)]
-    limits = limits_of(EvaluationConfig(max_calibration_error=0.05), CLASS_NAMES, ())
-    (limit,) = [limit for limit in limits if limit.metric == "expected_calibration_error"]
+    limits = limits_of(EvaluationConfig(max_overconfidence=0.05), CLASS_NAMES, ())
+    (limit,) = [limit for limit in limits if limit.metric == "overconfidence"]
 
     is_missed, reason = judge(limit, Summary(count(answers)))
 
     assert is_missed
     assert reason == (
-        "expected calibration error over all test images is 0.099 with 100 examples; the limit is 0.05 "
-        "(evaluation.max_calibration_error)"
+        "overconfidence over all test images is 0.099 with 100 examples; the limit is 0.05 (evaluation.max_overconfidence)"
     )
     assert not judge(limit, Summary(count(answers[:40])))[0]  # too few to judge
+    modest = Summary(count([answer(0, 0, confidence=0.8) for _ in range(100)]))  # as label smoothing makes them
+    assert not judge(limit, modest)[0]
+    assert modest.value("expected_calibration_error") == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.parametrize(
