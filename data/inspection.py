@@ -16,6 +16,8 @@ import pydantic
 import tensorflow as tf
 from PIL import ExifTags, Image
 
+from data.features import ASPECT_KEY, BRIGHTNESS_KEY, CHANNELS_KEY, HEIGHT_KEY, WIDTH_KEY
+
 HASH_SIDE = 16  # the perceptual hash has HASH_SIDE ** 2 bits
 THUMBNAIL_SIDE = 32  # pixels
 _HASHED_SIDE = 4 * HASH_SIDE  # pixels that `imagehash.phash` looks at
@@ -96,6 +98,17 @@ class InspectedImage:
     thumbnail: bytes
     conversions: tuple[str, ...]
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """The facts that a record holds too, by `data.features.FACT_KEYS`."""
+        return {
+            HEIGHT_KEY: self.height,
+            WIDTH_KEY: self.width,
+            ASPECT_KEY: self.width / self.height,
+            BRIGHTNESS_KEY: self.brightness,
+            CHANNELS_KEY: self.channels,
+        }
+
 
 def is_remote(path: str) -> bool:
     """Tells a URL, such as gs://, from a path on this machine."""
@@ -171,7 +184,7 @@ def inspect_image(encoded: bytes, limits: ImageLimits) -> InspectedImage:
     """
     try:
         header = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        orientation = _orientation(header)
+        orientation = read_orientation(header)
     except Image.UnidentifiedImageError as error:
         raise UnusableImageError("it is no image of a known format") from error
     except Exception as error:  # hostile bytes raise anything in a parser of fifty formats
@@ -205,9 +218,15 @@ def shorten(message: str) -> str:
     return message.split("[Op:")[0].strip().split("\n")[0][:_MAX_REASON]
 
 
-def _orientation(header: Image.Image) -> int:
+def read_orientation(header: Image.Image) -> int:
+    """Returns how an image is turned or mirrored, by EXIF: 2 to 8; 1 where it is upright, or says nothing that is known.
+
+    Args:
+      header: as Pillow has opened it; its pixels are not decoded.
+    """
     # The base class's own method: that of PNG would decode the whole image to look for a late chunk.
-    return Image.Image.getexif(header).get(ExifTags.Base.Orientation, 1)
+    orientation = Image.Image.getexif(header).get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in _TRANSPOSE else 1
 
 
 def _check_size(header: Image.Image, limits: ImageLimits) -> None:
@@ -243,7 +262,7 @@ def _convert(header: Image.Image, pixels: np.ndarray, orientation: int, limits: 
     """Returns the upright image, grey or RGB, and what had to be done."""
     image = _as_image(pixels)
     conversions = []
-    remaining = _orientation(header)  # Pillow turns a TIFF upright by itself while it decodes it
+    remaining = read_orientation(header)  # Pillow turns a TIFF upright by itself while it decodes it
     if header.format not in (*_JPEG, "PNG"):
         conversions.append(f"{header.format} became PNG")
     if remaining in _TRANSPOSE:

@@ -11,9 +11,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
-from data.inspection import FORMATS, ImageLimits, UnusableImageError, inspect_image
+from data.inspection import FORMATS, ImageLimits, UnusableImageError, inspect_image, read_orientation
 from models.signatures import IMAGE_BYTES, SERVING_DEFAULT
 
 # What TensorFlow decodes as it stands; the second is a JPEG with further images behind it, as phones write.
@@ -46,10 +46,12 @@ class PreparedImage:
     Attributes:
       encoded: JPEG or PNG bytes, upright.
       num_pixels: that it decodes to.
+      facts: of the image as it was sent, where it had to be decoded to prepare it.
     """
 
     encoded: bytes
     num_pixels: int
+    facts: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,15 +158,13 @@ def prepare_image(encoded: bytes, *, max_pixels: int) -> PreparedImage:
     """
     try:
         header = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        # The base class's own method: that of PNG would decode the whole image to look for a late chunk.
-        orientation = Image.Image.getexif(header).get(ExifTags.Base.Orientation, 1)
         num_pixels = header.width * header.height
-        if header.format in _PASSED_THROUGH and orientation not in range(2, 9) and num_pixels <= max_pixels:
+        if header.format in _PASSED_THROUGH and num_pixels <= max_pixels and read_orientation(header) == 1:
             return PreparedImage(encoded, num_pixels)
     except Exception:  # hostile bytes raise anything; the inspection below says what is wrong with them
         pass
     inspected = inspect_image(encoded, ImageLimits(min_side=1, max_pixels=max_pixels))
-    return PreparedImage(inspected.encoded, inspected.width * inspected.height)
+    return PreparedImage(inspected.encoded, inspected.width * inspected.height, inspected.facts)
 
 
 def _load_json(body: bytes | bytearray) -> Any:

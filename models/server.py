@@ -26,6 +26,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 from data.errors import EXIT_DONE, EXIT_FAILED, InputError, report_error, validate
 from models.server_config import ServerConfig
 
+_METAVARS = {"model": "DIR", "facts": "FILE"}
 # Vertex AI's container contract; https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 _ENVIRONMENT = {
     "AIP_STORAGE_URI": "model",
@@ -57,11 +58,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Exit codes: 0 after SIGTERM or Ctrl-C; 1 failed; 2 the model or a setting is wrong.",
     )
     for name, field in ServerConfig.model_fields.items():
-        default = "" if field.is_required() else f"; default {field.default}"
+        default = "" if field.is_required() or field.default == "" else f"; default {field.default}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
-            metavar="DIR" if name == "model" else field.annotation.__name__.upper(),
+            metavar=_METAVARS.get(name, field.annotation.__name__.upper()),
             help=(field.description + default).replace("%", "%%"),
         )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -49,6 +49,16 @@ class ServerConfig(pydantic.BaseModel):
     drain_seconds: int = pydantic.Field(25, ge=1, description="that requests may take to end after SIGTERM")
     poll_seconds: float = pydantic.Field(5.0, gt=0, description="between two looks for a new version")
 
+    facts: str = pydantic.Field(
+        "",
+        description="file to append a line to for each answered image: its predicted label, height, width, aspect, brightness "
+        "and channels, for pipeline.predict drift; left out, none is written",
+    )
+    facts_share: float = pydantic.Field(1.0, gt=0, le=1, description="of the answered images that get a line, at random")
+    facts_max_mb: float = pydantic.Field(
+        100.0, gt=0, description="of the file, in megabytes; a full one becomes FILE.1, in the place of an earlier one"
+    )
+
     @pydantic.model_validator(mode="after")
     def _check_together(self) -> "ServerConfig":
         if self.health_route == self.predict_route:
@@ -71,6 +81,11 @@ class ServerConfig(pydantic.BaseModel):
     def max_buffered_bytes(self) -> int:
         """Bytes that all bodies in memory may have together."""
         return int(self.max_buffered_mib * 2**20)
+
+    @property
+    def facts_max_bytes(self) -> int:
+        """Bytes that the file of facts may have."""
+        return int(self.facts_max_mb * 1e6)
 
     @property
     def exchange_seconds(self) -> float:

@@ -17,6 +17,7 @@ from fastapi import Request
 from data.inspection import UnusableImageError
 from models.batching import Batcher, QueueFullError
 from models.explanation_response import explain_images, read_parameters
+from models.facts import FactsWriter
 from models.payloads import Payload, RequestError, bad_image, parse_body
 from models.server_config import ServerConfig
 from models.telemetry import Metrics
@@ -41,6 +42,9 @@ class Service:
         Args:
           config: of the server.
           on_failure: is given the error if there is no model to begin with.
+
+        Raises:
+          InputError: if the file of facts cannot be written.
         """
         self.config = config
         self._on_failure = on_failure
@@ -61,17 +65,30 @@ class Service:
         self._explainers = ThreadPoolExecutor(1, thread_name_prefix="explainer")
         self._num_explanations = 0
         self._buffered_bytes = 0
+        self._facts = None
+        if config.facts:
+            self._facts = FactsWriter(
+                config.facts,
+                share=config.facts_share,
+                max_bytes=config.facts_max_bytes,
+                max_pixels=config.max_pixels,
+                on_drop=self.metrics.facts_dropped.inc,
+            )
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
         """Loads the model in the background and looks for new versions, while the server runs."""
         self.batcher.start()
+        if self._facts:
+            self._facts.start()
         watcher = asyncio.create_task(self._watch())
         try:
             yield
         finally:
             watcher.cancel()
             await asyncio.to_thread(self.batcher.close)
+            if self._facts:
+                await asyncio.to_thread(self._facts.close)
 
     async def _watch(self) -> None:
         while True:
@@ -200,8 +217,10 @@ class Service:
                 raise RequestError(503, "Expected enough memory. Received: too little. Try again, with less.", headers=_RETRY)
             if isinstance(answer, Exception):
                 raise answer
-        for answer in answers:
+        for answer, image in zip(answers, payload.images, strict=True):
             self.metrics.predictions.labels(answer.label).inc()
+            if self._facts:
+                self._facts.offer(answer.label, image)
         request.state.num_images, request.state.version = len(answers), model.version
         return answers
 

@@ -48,6 +48,7 @@ class Metrics:
         self.batch_size = Histogram("batch_size", "Images of a batch.", buckets=_BATCH_SIZES, **prefix)
         self.predictions = Counter("predictions", "Images by the class that was predicted.", ("label",), **prefix)
         self.disconnects = Counter("disconnects", "Clients that left before their answer.", **prefix)
+        self.facts_dropped = Counter("facts_dropped", "Facts of answered images that were not written.", **prefix)
         Gauge("queue_length", "Images that wait for the network.", **prefix).set_function(queue_length)
         Gauge("buffered_bytes", "Bytes of request bodies in memory.", **prefix).set_function(buffered_bytes)
         Gauge("model_version", "Version that is served; 0 while there is none.", **prefix).set_function(version)

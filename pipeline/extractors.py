@@ -102,6 +102,7 @@ class AskModels(beam.DoFn):
         self._class_names = list(class_names)
         self._dark_below = dark_below
         self._small_side = small_side
+        self._unusable: dict[str, str] = {}  # a model's folder -> why it cannot be asked
 
     def process(self, extracts: dict[str, Any]) -> Any:
         """Yields the batch with what was added, and without the bytes of its images."""
@@ -123,9 +124,12 @@ class AskModels(beam.DoFn):
     def _ask(self, path: str, records: Sequence[bytes]) -> tuple[np.ndarray, str]:
         """Returns probabilities float32 [records, classes], zeros where there is no answer, and what the problem is."""
         found = np.zeros((len(records), len(self._class_names)), np.float32)
+        if path in self._unusable:  # one image without an answer refuses a model; to load it anew for each batch takes minutes
+            return found, self._unusable[path]
         try:
             answer = _load(path, tuple(self._class_names))
         except _UnusableModelError as error:
+            self._unusable[path] = str(error)
             return found, str(error)
         problem = ""
         for start in range(0, len(records), _BATCH_SIZE):
@@ -133,6 +137,7 @@ class AskModels(beam.DoFn):
             try:
                 found[batch] = answer(records[batch])
             except _UnusableModelError as error:
+                self._unusable[path] = str(error)
                 return found, str(error)
             except Exception as error:  # whatever the graph does with an image
                 problem = f"it fails on an image: {first_line(error)}"

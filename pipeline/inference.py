@@ -17,7 +17,6 @@ import tensorflow as tf
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from data.errors import InputError
-from data.features import ASPECT_KEY, BRIGHTNESS_KEY, CHANNELS_KEY, HEIGHT_KEY, WIDTH_KEY
 from data.inspection import ImageLimits, InspectedImage, UnusableImageError, inspect_image, read_file, shorten
 from models.signatures import IMAGE_BYTES, SERVING_DEFAULT
 from pipeline.answers import FACTS, Row, make_answer
@@ -198,7 +197,7 @@ class ClassifierHandler(ModelHandler[ReadChunk, list[Row], Classifier]):
             rows = []
             for file, image in zip(chunk.files, chunk.images, strict=True):
                 if isinstance(image, InspectedImage):
-                    rows.append({"file": file, **next(answers), FACTS: _facts(image)})
+                    rows.append({"file": file, **next(answers), FACTS: image.facts})
                 else:
                     rows.append({"file": file, "error": image})
             results.append((chunk.name, rows))
@@ -224,14 +223,3 @@ class PredictImages(beam.PTransform):
     def expand(self, chunks: beam.PCollection) -> beam.PCollection:
         """Adds the steps."""
         return chunks | "Read images" >> beam.ParDo(ReadImages(self._limits)) | "Run the model" >> RunInference(self._handler)
-
-
-def _facts(image: InspectedImage) -> dict[str, float]:
-    """Returns the facts of an image that the records hold too."""
-    return {
-        HEIGHT_KEY: image.height,
-        WIDTH_KEY: image.width,
-        ASPECT_KEY: image.width / image.height,
-        BRIGHTNESS_KEY: image.brightness,
-        CHANNELS_KEY: image.channels,
-    }

@@ -305,7 +305,12 @@ def _add_drift(commands: Any) -> None:
     drift.add_argument(
         "--statistics", required=True, metavar="DIR|FILE", help="of training: a run's workspace, or StatisticsGen's output"
     )
-    drift.add_argument("--serving", required=True, metavar="FILE", help="of use: what batch --statistics-output wrote")
+    drift.add_argument(
+        "--serving",
+        required=True,
+        metavar="FILE",
+        help="of use: what batch --statistics-output wrote, or models.server --facts",
+    )
     drift.add_argument(
         "--schema", default="", metavar="FILE", help="schema.pbtxt with the limits (default: the workspace's, or generated)"
     )
@@ -316,10 +321,10 @@ def _add_drift(commands: Any) -> None:
 
 def _drift(arguments: argparse.Namespace, beam_args: Sequence[str]) -> int:
     from pipeline.drift import num_examples
-    from pipeline.serving_statistics import find_drift, find_schema, find_training_statistics, read_statistics
+    from pipeline.serving_statistics import find_drift, find_schema, find_training_statistics, read_serving, read_statistics
 
     training_path = find_training_statistics(arguments.statistics)
-    training, serving = read_statistics(training_path), read_statistics(arguments.serving)
+    training, serving = read_statistics(training_path), read_serving(arguments.serving)
     schema = find_schema(arguments.schema, training, arguments.statistics)
     findings, notes = find_drift(serving, training, schema)
     numbers = {"images": num_examples(serving), "training_images": num_examples(training)}

@@ -8,6 +8,7 @@ as StatisticsGen's. `find_drift` holds it against the training split's by the sc
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -170,6 +171,61 @@ def read_statistics(path: str) -> statistics_pb2.DatasetFeatureStatisticsList:
     if not statistics.datasets or not num_examples(statistics):
         raise InputError(f"Expected statistics of one example at least. Received: {path!r}, of none. Predict images first.")
     return statistics
+
+
+def read_serving(path: str) -> statistics_pb2.DatasetFeatureStatisticsList:
+    """Reads what images in use were: a statistics file, or the rows of `models.server --facts`, of which it makes statistics.
+
+    Args:
+      path: of either; local or gs://. The content tells which it is.
+
+    Raises:
+      InputError: if it is none, or of no example; names the first line that is no row.
+    """
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            is_rows = file.read(1) == b"{"
+    except tf.errors.OpError:
+        is_rows = False  # `read_statistics` says what is wrong
+    if not is_rows:
+        return read_statistics(path)
+    _check_rows(path)
+    with tempfile.TemporaryDirectory(prefix="serving_statistics_") as folder:
+        output = os.path.join(folder, STATISTICS_FILE)
+        write_statistics([path], output)
+        return read_statistics(output)
+
+
+def _check_rows(path: str) -> None:
+    """Looks at each row before Beam does, whose errors name neither the file nor the line."""
+    num_images = 0
+    with tf.io.gfile.GFile(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                is_image = "error" not in row
+                reason = _wrong_in(row) if is_image else ""
+                num_images += is_image
+            except KeyError as error:
+                reason = f"without {error}"
+            except (ValueError, TypeError, RecursionError):
+                reason = "no JSON object of them"
+            if reason:
+                raise InputError(
+                    f"Expected `{LABEL_KEY}` and `{FACTS}` in each line. Received: {path!r}, line {number}: {reason}. Name the "
+                    "file of `models.server --facts`, or of `batch --statistics-output`."
+                )
+    if not num_images:
+        raise InputError(f"Expected a row of one image at least. Received: {path!r}, of none. Predict images first.")
+
+
+def _wrong_in(row: dict[str, Any]) -> str:
+    """Says in a clause why a row cannot be used; empty where it can."""
+    for key, value_type in _TYPES.items():
+        value = row[FACTS][key]
+        if type(value) is not int and not (type(value) is float and value_type == pyarrow.float32()):
+            return f"{key}={value!r}"
+    return "" if isinstance(row[LABEL_KEY], str) else f"{LABEL_KEY}={row[LABEL_KEY]!r}"
 
 
 def find_drift(
