@@ -20,22 +20,22 @@ STAMP := $(VENV)/.installed-$(TFX)
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
-	@echo "Options: PYTHON=python3.11, TFX=1.16 or 1.21 (here: $(TFX)), ARGS=\"--data photos/\" for run"
+	@echo "Options: PYTHON=python3.11, TFX=1.16 or 1.21 (here: $(TFX)), ARGS=\"--data photos/\" for run, ARGS=\"-k NAME\" for test"
 
 setup: $(STAMP) ## make the environment in .venv from the lock (one to two minutes)
 
 run: setup ## take the default data set, or ARGS="--data PATH", from images to a pushed model
 	@$(BIN)/python local_runner.py $(ARGS)
 
-test: setup ## run the tests
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+test: setup ## run the tests; ARGS="-k NAME" for some of them
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # OTHER_STACK is the interpreter that tests/test_stacks.py exchanges models with.
 test-newest: setup ## run the tests on TFX 1.21; in a Debian 13 root where this machine's C library is too old for it
 ifeq ($(NEWEST),1.21)
-	@$(MAKE) --no-print-directory test TFX=1.21
+	@$(MAKE) --no-print-directory test TFX=1.21 ARGS="$(ARGS)"
 else
-	@PYTHON=$(PYTHON) OTHER_STACK=$(CURDIR)/$(BIN)/python bash .ci/newest make test TFX=1.21 VENV=.cache/tfx-1.21
+	@PYTHON=$(PYTHON) OTHER_STACK=$(CURDIR)/$(BIN)/python bash .ci/newest make test TFX=1.21 VENV=.cache/tfx-1.21 ARGS="$(ARGS)"
 endif
 
 newest: # the newest TFX that this machine's C library can load

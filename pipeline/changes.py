@@ -99,21 +99,23 @@ def _name(path: str) -> str:
 
 
 def _evaluation_facts(eval_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the limits that a model was judged by, by their settings, and the configuration as a whole."""
+    """Returns the settings that a model was judged by, and the configuration as a whole."""
     facts: dict[str, Any] = {_EVALUATION: json.dumps(eval_config, sort_keys=True)}
     for spec in eval_config.get("metrics_specs", []):
         for metric in spec.get("metrics", []):
             config = metric.get("config") or ""
             settings = json.loads(config) if config.startswith("{") else {}
-            if "limits" not in settings:
+            if "config" not in settings:
                 continue
             facts["evaluation code"] = settings.get("code")
-            for limit in settings["limits"]:
-                setting = limit.get("setting", f"{_EVALUATION}.thresholds")
-                if setting.endswith(".thresholds"):
-                    parts = (limit.get("metric"), limit.get("class_name"), limit.get("slice"), limit.get("kind"))
-                    setting = f"{setting} ({' '.join(str(part) for part in parts if part)})"
-                facts[setting] = limit.get("value")
+            for name, value in settings["config"].items():
+                if name != "thresholds":
+                    facts[f"{_EVALUATION}.{name}"] = value
+            for threshold in settings["config"].get("thresholds", ()):
+                what = " ".join(threshold[name] for name in ("metric", "class_name", "slice") if threshold.get(name))
+                for bound in ("min", "max", "max_worsening"):
+                    if threshold.get(bound) is not None:
+                        facts[f"{_EVALUATION}.thresholds ({what} {bound})"] = threshold[bound]
     return facts
 
 

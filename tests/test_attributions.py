@@ -24,6 +24,8 @@ from models.explainable import ExplainableModel
 from models.signatures import ImageClassifier, export
 from preprocessing.transform import TransformGraph
 
+pytestmark = pytest.mark.one_stack
+
 HEAD_SCALE = 2  # an untrained head is hardly moved by anything
 SIZE = 28  # pixels; the baseline's blur has a standard deviation of one
 WEIGHTS = np.linspace(-1, 1, SIZE * SIZE * 3).reshape(SIZE, SIZE, 3).astype(np.float32) / 1000

@@ -21,6 +21,8 @@ from pipeline.batch import build_bigquery_job, predict_batch
 from pipeline.inference import BATCH_SIZE, Classifier
 from pipeline.predict import main
 
+pytestmark = pytest.mark.one_stack
+
 NUM_MANY = 16 * BATCH_SIZE
 
 

@@ -21,6 +21,8 @@ from pipeline.deploy import main
 from pipeline.model_digest import model_digest
 from pipeline.versions import latest_version, push_model
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture
 def workspace(tmp_path) -> Workspace:

@@ -12,6 +12,8 @@ from models.attributions import METHODS, explain
 from models.explain import main
 from models.explainable import ExplainableModel
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture(scope="module")
 def serving_model(tmp_path_factory) -> Path:

@@ -28,6 +28,8 @@ from pipeline.answers import FACTS
 from pipeline.predict import main as predict
 from pipeline.serving_statistics import STATISTICS_FILE, write_statistics
 
+pytestmark = pytest.mark.one_stack
+
 NUM_IMAGES = 150
 LIMITS = ImageLimits(min_side=1)
 ROW = {"label": "dark", FACTS: {"height": 3, "width": 2, "aspect": 2 / 3, "brightness": 0.5, "channels": 3}}

@@ -24,6 +24,8 @@ from pipeline.extractors import custom_extractors
 from pipeline.history import main, read_history, read_serving
 from pipeline.lineage import properties, read_lineage, write_images
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture
 def workspace(tmp_path) -> Workspace:
@@ -133,7 +135,7 @@ def test_read_history_says_nothing_changed_where_all_was_reused(workspace):
             {"limits": {"thresholds": [{"metric": "recall", "class": "circle", "slice": "camera=a", "min": 0.75}]}},
             ["evaluation.thresholds (recall circle camera=a min) not set -> 0.75"],
         ),
-        ({"limits": {"dark_below": 0.3}}, ["evaluation"]),
+        ({"limits": {"dark_below": 0.3}}, ["evaluation.dark_below 0.25 -> 0.3"]),
         ({"budget": {"max_memory_mb": 5000}}, ["serving_check.max_memory_mb 4096 -> 5000"]),
         ({"baseline": 3}, ["model to compare with not set -> 3"]),
         ({}, []),

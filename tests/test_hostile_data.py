@@ -21,6 +21,8 @@ from data.features import SPLITS, feature_spec
 from data.prepare import DataConfig, prepare
 from data.sources import open_source
 
+pytestmark = pytest.mark.one_stack
+
 FRACTIONS = {"valid_fraction": 0.3, "test_fraction": 0.3}
 NAMES = [
     "plain.png",

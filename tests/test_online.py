@@ -34,6 +34,8 @@ from pipeline.vertex_prediction import (
     write_instances,
 )
 
+pytestmark = pytest.mark.one_stack
+
 ENDPOINT = "projects/p/locations/europe-west4/endpoints/7"
 MODEL = "projects/p/locations/europe-west4/models/9"
 

@@ -16,6 +16,8 @@ from pipeline.model_digest import model_digest
 from pipeline.predict import main
 from pipeline.pubsub import ReadMessages, build_subscription_job, predict_messages, write_rows
 
+pytestmark = pytest.mark.one_stack
+
 SUBSCRIPTION = "projects/our-project/subscriptions/images"
 
 

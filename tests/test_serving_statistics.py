@@ -16,6 +16,8 @@ from pipeline.drift import NUM_QUANTILES, num_examples
 from pipeline.predict import main
 from pipeline.serving_statistics import find_training_statistics, read_statistics
 
+pytestmark = pytest.mark.one_stack
+
 NUM_IMAGES = 150
 
 

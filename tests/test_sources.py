@@ -208,13 +208,16 @@ def test_open_source_explains_columns_without_names(tmp_path, first):
     )
 
 
-@pytest.mark.parametrize("header", ["path,label,height", "path,label,site,site", "path,label,path", ",path,label"])
+@pytest.mark.parametrize(
+    "header", ["path,label,height", "path,label,site,site", "path,label,path", ",path,label", "path,label,a=b"]
+)
 def test_open_source_explains_columns_whose_names_clash(tmp_path, header):
     path = _csv(tmp_path, f"{header}\na.png,cat,1,2\n")
 
     assert _error(path) == (
         f"Expected the columns of {path} to have names of their own. Received: {header}. "
-        "Rename what is empty, repeats or is one of image, label, filename, height, width, aspect, brightness, channels."
+        "Rename what is empty, repeats, has a `=` or is one of image, label, filename, height, width, aspect, brightness, "
+        "channels, brightness_group, size_group."
     )
 
 

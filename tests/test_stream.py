@@ -19,6 +19,8 @@ from data.errors import EXIT_DONE, EXIT_WRONG_INPUT
 from pipeline.predict import main
 from pipeline.stream import DEAD_LETTER, PREDICTIONS, Ledger, predict_stream, read_answers
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
