@@ -8,13 +8,15 @@ without an answer and a problem in words, so that the gate refuses it and says w
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import tensorflow as tf
 import tensorflow_model_analysis as tfma
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
 from tensorflow_model_analysis import constants
 from tensorflow_model_analysis.extractors import extractor, features_extractor, slice_key_extractor, unbatch_extractor
 from tensorflow_model_analysis.proto import config_pb2
@@ -104,17 +106,39 @@ class AskModels(beam.DoFn):
         self._small_side = small_side
         self._unusable: dict[str, str] = {}  # a model's folder -> why it cannot be asked
 
-    def process(self, extracts: dict[str, Any]) -> Any:
-        """Yields the batch with what was added, and without the bytes of its images."""
-        features = dict(extracts[constants.FEATURES_KEY])
-        del features[IMAGE_KEY]
-        records = list(extracts[constants.INPUT_KEY])
+    def start_bundle(self) -> None:
+        """Begins to collect."""
+        self._waiting: list[dict[str, Any]] = []
+
+    def process(self, extracts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields batches with what was added, and without the bytes of their images.
+
+        TFX's reader gives batches of what it takes for a good size, here of one to eight images; they wait for company.
+        """
+        self._waiting.append(extracts)
+        if sum(len(one[constants.INPUT_KEY]) for one in self._waiting) >= _BATCH_SIZE:
+            yield self._answer_waiting()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Yields what is left."""
+        if self._waiting:
+            window = GlobalWindow()
+            yield WindowedValue(self._answer_waiting(), window.max_timestamp(), [window])
+
+    def _answer_waiting(self) -> dict[str, Any]:
+        waiting, self._waiting = self._waiting, []
+        features = {
+            name: np.concatenate([np.asarray(one[constants.FEATURES_KEY][name]) for one in waiting])
+            for name in waiting[0][constants.FEATURES_KEY]
+            if name != IMAGE_KEY
+        }
+        records = [record for one in waiting for record in one[constants.INPUT_KEY]]
         labels = np.asarray([self._class_names.index(_text(label)) for label in features[LABEL_KEY]])
         probabilities, problems = {}, {}
         for name, path in self._models.items():
             probabilities[name], problems[name] = self._ask(path, records)
         features |= self._groups(features)
-        yield {
+        return {
             constants.FEATURES_KEY: features,
             constants.LABELS_KEY: labels if len(self._models) == 1 else dict.fromkeys(self._models, labels),
             constants.PREDICTIONS_KEY: next(iter(probabilities.values())) if len(self._models) == 1 else probabilities,
