@@ -5,18 +5,28 @@
 """
 
 import dataclasses
+import types
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import saliency.core as saliency
 import tensorflow as tf
+from saliency.core import guided_ig
 from saliency.core.blur_ig import gaussian_blur
 from scipy import ndimage
 from skimage.transform import resize
 
 from data.errors import InputError
 from models.explainable import ExplainableModel
+
+
+def _quantile(values: np.ndarray, fraction: float, interpolation: str) -> np.ndarray:
+    return np.quantile(values, fraction, method=interpolation)
+
+
+# saliency 0.2.1 gives np.quantile an argument that NumPy 2.4 has no more; this is NumPy as that module knows it.
+guided_ig.np = types.SimpleNamespace(**vars(np) | {"quantile": _quantile})
 
 Method = Literal[
     "integrated_gradients", "blur_integrated_gradients", "guided_integrated_gradients", "xrai", "xrai_fast", "grad_cam"
