@@ -159,7 +159,8 @@ _LOOKS = beam.DoFn.RestrictionParam(_Looks())
 class FindNewImages(beam.DoFn):
     """Looks into a folder again and again, and yields chunks of the images that have come; ends when the stream is drained.
 
-    A file is taken once two looks have found it the same, so that none is read that is still being written.
+    A file is taken once two looks have found it the same and an interval has passed since it was changed, so that none is read
+    that is still being written.
     """
 
     def __init__(self, output: str, *, interval_seconds: float, max_age_seconds: float | None, once: bool):
@@ -213,11 +214,13 @@ class FindNewImages(beam.DoFn):
         except (OSError, tf.errors.NotFoundError):
             return None  # it has gone again
         is_new = self._ledger.is_new(path, size, changed)
+        age = time.time() - changed / 1e9
+        if is_new and 0 <= age < self._interval_seconds:  # after a look that took long the next one may follow at once
+            is_new = None
         self._num_moving += is_new is None
         if not is_new:
             return None
         encoded, problem = None, None
-        age = time.time() - changed / 1e9
         try:
             encoded = read_file(path)
             digest = hashlib.sha256(encoded).hexdigest()
