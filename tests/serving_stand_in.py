@@ -4,6 +4,7 @@ import base64
 import binascii
 import collections
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -132,3 +133,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *unused: Any) -> None:
         """Says nothing."""
+
+
+def lines_of_ours(text: str) -> list[str]:
+    """Returns what a command wrote itself; newer TensorFlow writes to standard error whatever its log level."""
+    of_tensorflow = re.compile(
+        r"WARNING: All log messages before absl|[IWEF]\d{4} \d\d:\d\d|To enable the following instructions"
+    )
+    return [line for line in text.splitlines() if not of_tensorflow.match(line)]
