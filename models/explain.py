@@ -14,12 +14,15 @@ import os
 import posixpath
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # Before TensorFlow is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if __name__ == "__main__":  # before the libraries below speak on the terminal
+    warnings.simplefilter("ignore", FutureWarning)
 
 import matplotlib
 import numpy as np
