@@ -205,7 +205,7 @@ def _prepare(config: Any, workspace: Path, step: Any) -> tuple[Any, dict[str, An
     """Makes the records, or takes the ones that `--data` names; returns them and the report of their preparation."""
     from data.prepare import prepare, read_report
     from data.sources import is_prepared
-    from pipeline.pipeline import read_records
+    from pipeline.records import read_records
 
     if is_prepared(config.data.input):
         folder, report = config.data.input, read_report(config.data.input) or {}

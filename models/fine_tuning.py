@@ -18,7 +18,7 @@ from models.classifier import class_weights, join, logits_of, pool_statistics
 from models.devices import Devices
 from models.embeddings import Images, parse_record
 from models.head import TrainingConfig
-from models.loop import CHECKPOINTS, LOGS, Batches, Loop, Stage
+from models.loop import CHECKPOINTS, Batches, Loop, Stage, log_folder
 from models.network_table import describe_network
 from models.trained import TrainedClassifier
 from preprocessing.augment import Augmentation, AugmentationConfig, augment_image, mix_batch, resolve_augmentation
@@ -157,7 +157,7 @@ def fine_tune(
         stage,
         devices,
         folder=os.path.join(folder, CHECKPOINTS, FINE_TUNING),
-        log_folder=os.path.join(folder, LOGS, FINE_TUNING),
+        log_folder=log_folder(folder, FINE_TUNING),
     )
     logger.getChild("network").info("the network in fine-tuning:\n%s", describe_network(model))
     batches = ImageBatches(

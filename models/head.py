@@ -12,7 +12,7 @@ import tensorflow as tf
 from models.classifier import class_weights
 from models.devices import Devices
 from models.embeddings import Embeddings
-from models.loop import CHECKPOINTS, LOGS, Batches, Loop, Monitor, Stage
+from models.loop import CHECKPOINTS, Batches, Loop, Monitor, Stage, log_folder
 
 logger = logging.getLogger("tfx_vision")
 
@@ -96,7 +96,7 @@ def train_head(
         stage,
         devices.alone(),
         folder=os.path.join(folder, CHECKPOINTS, HEAD),
-        log_folder=os.path.join(folder, LOGS, HEAD),
+        log_folder=log_folder(folder, HEAD),
     )
     history = loop.run(
         lambda epoch, step: _shuffled_batches(train, weights, stage, settings, epoch=epoch, step=step),

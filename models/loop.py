@@ -30,10 +30,21 @@ from models.progress import Progress
 logger = logging.getLogger("tfx_vision")
 
 CHECKPOINTS = "checkpoints"  # folders in `model_run_dir`
-LOGS = "logs"  # for TensorBoard
+LOGS = "logs"  # for TensorBoard, in the same
+_TENSORBOARD_VARIABLE = "AIP_TENSORBOARD_LOG_DIR"  # of a Vertex AI job that has a TensorBoard instance
 EXIT_PREEMPTED = 143  # as a shell has it for SIGTERM
 Monitor = Literal["val_loss", "val_accuracy"]
 Batches = Callable[[tf.distribute.InputContext], tf.data.Dataset]
+
+
+def log_folder(folder: str, stage: str) -> str:
+    """Returns where a stage's TensorBoard logs go: below the run's folder, or where Vertex AI's TensorBoard reads them.
+
+    Args:
+      folder: of the run; local or gs://.
+      stage: name of the stage.
+    """
+    return os.path.join(os.environ.get(_TENSORBOARD_VARIABLE) or os.path.join(folder, LOGS), stage)
 
 
 class Preempted(SystemExit):

@@ -84,7 +84,8 @@ def run_fn(fn_args: Any) -> None:
 
     Args:
       fn_args: `tfx.components.FnArgs`; its `custom_config` holds a `TrainerConfig` as JSON under `trainer`, its
-        `hyperparameters`, where there are any, what the Tuner found, and its `base_model` the model to start from.
+        `hyperparameters`, where there are any, what the Tuner found or a run was given, and its `base_model` the model to
+        start from.
     """
     config = TrainerConfig.model_validate(fn_args.custom_config[CONFIG_KEY])
     if fn_args.hyperparameters:
@@ -114,12 +115,12 @@ def run_fn(fn_args: Any) -> None:
 
 
 def with_hyperparameters(config: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
-    """Puts the Tuner's values, named `section.key`, in the place of the settings."""
+    """Puts values, named `section.key`, in the place of the settings."""
     settings = config.model_dump()
     for name, value in values.items():
         section, _, key = name.partition(".")
         settings[section][key] = value
-    logger.info("hyperparameters of the Tuner: %s", ", ".join(f"{name}={value}" for name, value in values.items()))
+    logger.info("hyperparameters: %s", ", ".join(f"{name}={value}" for name, value in values.items()))
     return TrainerConfig.model_validate(settings)
 
 

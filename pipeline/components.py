@@ -3,6 +3,7 @@
 Called by `pipeline.pipeline`.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
@@ -26,8 +27,10 @@ from tfx.utils import io_utils, path_utils
 from data.errors import DataAnomalyError
 from data.features import LABELS_FILE, TRAIN_SPLIT
 from data.sources import read_lines
+from models.reference import REFERENCE_FILE
 from models.trained import EXTRA_FOLDER
 from pipeline import drift
+from pipeline.model_digest import model_digest
 from pipeline.serving_check import (
     INFRA_BLESSED_FILE,
     INFRA_NOT_BLESSED_FILE,
@@ -35,6 +38,9 @@ from pipeline.serving_check import (
     check_serving,
     write_serving_check,
 )
+from pipeline.vertex import VertexConfig
+
+logger = logging.getLogger("tfx_vision")
 
 MODEL_DIGEST_KEY = "model_digest"  # custom properties of an InfraBlessing
 _ANOMALIES_FILE = "SchemaDiff.pb"  # as ExampleValidator names it
@@ -176,6 +182,64 @@ def ServingCheck(  # noqa: N802 (a component's name is a class name to its users
     # Last, and only one of them: what was cut off before it has blessed nothing.
     name = INFRA_BLESSED_FILE if is_blessed else INFRA_NOT_BLESSED_FILE
     io_utils.write_string_file(os.path.join(infra_blessing.uri, name), "")
+
+
+@component
+def VertexDeployer(  # noqa: N802 (a component's name is a class name to its users)
+    model: InputArtifact[standard_artifacts.Model],
+    model_run: InputArtifact[standard_artifacts.ModelRun],
+    model_blessing: InputArtifact[standard_artifacts.ModelBlessing],
+    infra_blessing: InputArtifact[standard_artifacts.InfraBlessing],
+    config: Parameter[str],
+    pipeline_name: Parameter[str],
+    code: Parameter[str],
+    pushed_model: OutputArtifact[standard_artifacts.PushedModel],
+) -> None:
+    """Deploys a model with both blessings to a Vertex AI endpoint, step by step, in the place of TFX's Pusher.
+
+    Args:
+      model: what the Trainer exported.
+      model_run: where the Trainer left its own answers, which the endpoint's are compared with.
+      model_blessing: of the Evaluator; without it nothing is deployed.
+      infra_blessing: of the serving check, likewise.
+      config: a `VertexConfig` as JSON.
+      pipeline_name: of which the model is a version.
+      code: fingerprint of this code, for the cache and as a label of the version.
+      pushed_model: `pushed`, `pushed_destination` and `pushed_version`, as Pusher has them; the endpoint and its traffic.
+
+    Raises:
+      InputError: if Vertex AI refuses what it is asked; the earlier model serves on.
+      RuntimeError: if the model answers otherwise on the endpoint than in training; it has been taken back then.
+    """
+    from pipeline.endpoints import deploy_model  # brings Vertex AI's client, which no other component has a use for
+
+    pushed_model.set_int_custom_property("pushed", 0)
+    if not (_is_blessing(model_blessing) and _is_blessing(infra_blessing)):
+        logger.info("not blessed, so nothing is deployed")
+        return
+    folder = path_utils.serving_model_path(model.uri)
+    digest = model_digest(folder)
+    checked = infra_blessing.get_string_custom_property(MODEL_DIGEST_KEY)
+    if digest != checked:
+        raise RuntimeError(
+            f"Expected {folder} to be as the serving check blessed it, SHA-256 {checked[:16]}. Received: {digest[:16]}. "
+            "Something changed it since; run the pipeline again."
+        )
+    deployment = deploy_model(
+        VertexConfig.model_validate_json(config),
+        pipeline_name=pipeline_name,
+        run_name=pushed_model.uri.rstrip("/").split("/")[-3],  # <root>/<project>/<run>/<task>/pushed_model
+        code=code,
+        model=folder,
+        references=os.path.join(model_run.uri, REFERENCE_FILE),
+        digest=digest,
+        report=logger.info,
+    )
+    pushed_model.set_int_custom_property("pushed", 1)
+    pushed_model.set_string_custom_property("pushed_destination", deployment.model_version)
+    pushed_model.set_string_custom_property("pushed_version", deployment.model_version.rpartition("@")[2])
+    pushed_model.set_string_custom_property("endpoint", deployment.endpoint)
+    pushed_model.set_int_custom_property("traffic_percent", deployment.traffic_percent)
 
 
 def _blessed(

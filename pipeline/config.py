@@ -26,7 +26,7 @@ from models.tuner import TunerConfig
 from pipeline.components import DataGateConfig
 from pipeline.serving_check import ServingCheckConfig
 from pipeline.thresholds import EvaluationConfig
-from pipeline.vertex import VertexConfig
+from pipeline.vertex import Engine, VertexConfig
 from preprocessing.augment import AugmentationConfig
 from preprocessing.images import InputSpec, PreprocessingConfig
 
@@ -74,11 +74,12 @@ class PipelineConfig(pydantic.BaseModel):
 
 
 class Config(pydantic.BaseModel):
-    """Every setting, by section."""
+    """Every setting, by section; and `engine`, which `kubeflow_runner.py` compiles for."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     preset: Literal["smoke", "default", "accurate"] = "default"
+    engine: Engine = "vertex"
     pipeline: PipelineConfig = PipelineConfig()
     data: DataConfig = DataConfig()
     data_gate: DataGateConfig = DataGateConfig()

@@ -133,6 +133,12 @@ def eval_config(
     )
 
 
+def judgement_settings(config: config_pb2.EvalConfig) -> dict[str, Any]:
+    """Returns what `eval_config` put into a configuration: class_names, columns, config, dark_below, small_side, code."""
+    metrics = (metric for spec in config.metrics_specs for metric in spec.metrics)
+    return json.loads(next(metric.config for metric in metrics if metric.class_name == Judgement.__name__))
+
+
 def _standard_metrics(class_names: Sequence[str]) -> list[config_pb2.MetricsSpec]:
     """Returns what TFMA has itself."""
     overall = config_pb2.MetricsSpec(metrics=[config_pb2.MetricConfig(class_name="ExampleCount")])
@@ -331,12 +337,7 @@ def _incomparable(problem: str) -> str:
 
 def _read_limits(config: config_pb2.EvalConfig) -> list[Limit]:
     """Reads the limits back that `eval_config` wrote."""
-    (settings,) = [
-        json.loads(metric.config)
-        for spec in config.metrics_specs
-        for metric in spec.metrics
-        if metric.class_name == Judgement.__name__
-    ]
+    settings = judgement_settings(config)
     return limits_of(EvaluationConfig.model_validate(settings["config"]), settings["class_names"], settings["columns"])
 
 

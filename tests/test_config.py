@@ -135,7 +135,7 @@ def test_load_config_reads_the_process_s_own_environment(monkeypatch):
     ("override", "message"),
     [
         ("training.epoch=3", "Received: `training.epoch`. Did you mean `training.epochs`? Known: training.epochs, "),
-        ("trainig.epochs=3", "Received: `trainig`. Did you mean `training`? Known: preset, pipeline, data, "),
+        ("trainig.epochs=3", "Received: `trainig`. Did you mean `training`? Known: preset, engine, pipeline, data, "),
         ("data.splt_salt=x", "Did you mean `data.split_salt`?"),
     ],
 )

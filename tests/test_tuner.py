@@ -279,14 +279,17 @@ def test_tuner_is_a_custom_job_with_a_gpu_on_vertex():
     from tfx.types import Channel, standard_artifacts
 
     from pipeline.config import Config
-    from pipeline.pipeline import _tuner
+    from pipeline.engines import Variants
+    from pipeline.records import Records
 
     config = Config.model_validate(
         {"tuner": {"trials": 2}, "vertex": {"project": "my-project", "bucket": "gs://bucket", "image": "image:1"}}
     )
     inputs = {"examples": Channel(type=standard_artifacts.Examples)}
 
-    local, on_vertex = (_tuner(config, {"code": "weights-1"}, inputs, on_vertex) for on_vertex in (False, True))
+    records = Records(folder="gs://bucket/records", class_names=("a", "b"), columns=(), schema_fingerprint="")
+
+    local, on_vertex = (Variants(config, records, engine).tuner({"code": "weights-1"}, inputs) for engine in (None, "vertex"))
 
     assert local.executor_spec.class_path == "tfx.components.tuner.executor.Executor"
     assert "ai_platform_tuning_args" not in json.loads(local.exec_properties["custom_config"])
@@ -295,7 +298,7 @@ def test_tuner_is_a_custom_job_with_a_gpu_on_vertex():
     settings = json.loads(on_vertex.exec_properties["custom_config"])
     assert settings["ai_platform_enable_vertex"] is True
     assert settings["ai_platform_vertex_region"] == config.vertex.region
-    (pool,) = settings["ai_platform_tuning_args"]["worker_pool_specs"]
+    (pool,) = settings["ai_platform_tuning_args"]["job_spec"]["worker_pool_specs"]
     assert pool["machine_spec"]["accelerator_type"] == "NVIDIA_TESLA_T4"
     assert settings["tuner"]["trials"] == 2
     assert settings["trainer"]["code"].startswith("weights-1-")

@@ -49,7 +49,7 @@ from models.reference import write_reference_predictions
 from models.signatures import ImageClassifier, export
 from models.trained import EXTRA_FOLDER, NETWORK_FILE, NetworkSpec, read_exported_model
 from pipeline.evaluation import EvaluationConfig, eval_config, read_evaluation
-from pipeline.pipeline import read_records
+from pipeline.records import read_records
 from pipeline.serving_check import ServingCheckConfig, read_serving_check
 from preprocessing.transform import TransformGraph
 
