@@ -1,6 +1,6 @@
 """Predictions by Vertex AI: the client for an endpoint, and a batch prediction job with a model of the registry.
 
-Both go through the SDK's own service clients, whose transport a test can give another end. Called by `pipeline.predict`.
+Both go through the SDK's own service clients. Called by `pipeline.predict`.
 """
 
 import base64
@@ -41,13 +41,12 @@ class EndpointClient:
 
     max_image_bytes = MAX_IMAGE_BYTES
 
-    def __init__(self, endpoint: str, *, timeout_seconds: float, transport: Any = None):
+    def __init__(self, endpoint: str, *, timeout_seconds: float):
         """Finds the credentials; sends nothing yet.
 
         Args:
           endpoint: projects/P/locations/L/endpoints/ID.
           timeout_seconds: for one request.
-          transport: of the SDK's client; its own by default.
 
         Raises:
           InputError: if the name is none, or there are no credentials.
@@ -60,7 +59,7 @@ class EndpointClient:
             )
         self._endpoint = endpoint
         self._timeout_seconds = timeout_seconds
-        self._service = _client(PredictionServiceClient, match["region"], transport)
+        self._service = _client(PredictionServiceClient, match["region"])
 
     def predict(self, encoded: bytes) -> Row:
         """Asks for one image; see `pipeline.online.Client`."""
@@ -148,7 +147,6 @@ def submit_batch_prediction(
     instances: Sequence[str],
     destination: str,
     machine_type: str = "n1-standard-4",
-    transport: Any = None,
 ) -> str:
     """Submits a batch prediction job.
 
@@ -158,7 +156,6 @@ def submit_batch_prediction(
       instances: gs:// files that `write_instances` wrote.
       destination: gs:// folder for the job's answers, or bq://project.dataset.
       machine_type: of the job's machines.
-      transport: of the SDK's client; its own by default.
 
     Returns:
       The name of the job, projects/P/locations/L/batchPredictionJobs/ID.
@@ -182,11 +179,7 @@ def submit_batch_prediction(
     )
     parent = model.partition("/models/")[0]
     try:
-        return (
-            _client(JobServiceClient, region, transport)
-            .create_batch_prediction_job(parent=parent, batch_prediction_job=job)
-            .name
-        )
+        return _client(JobServiceClient, region).create_batch_prediction_job(parent=parent, batch_prediction_job=job).name
     except (exceptions.BadRequest, *_WRONG_CONFIGURATION) as error:
         raise InputError(f"Expected a job that Vertex AI takes. Received: {_message(error)}") from error
     except google.auth.exceptions.GoogleAuthError as error:
@@ -217,10 +210,8 @@ def _instance(encoded: bytes) -> dict[str, Any]:
     return {"image_bytes": {"b64": base64.b64encode(encoded).decode()}}
 
 
-def _client(service: type, region: str, transport: Any) -> Any:
+def _client(service: type, region: str) -> Any:
     try:
-        if transport is not None:
-            return service(transport=transport)
         return service(client_options={"api_endpoint": f"{region}-aiplatform.googleapis.com"})
     except google.auth.exceptions.DefaultCredentialsError as error:
         raise InputError(_NO_CREDENTIALS) from error

@@ -151,6 +151,7 @@ def test_training_setting_reruns_from_the_trainer(workspace: Path, images: Path)
     assert len(pushed_versions(workspace)) == 2
 
 
+@pytest.mark.one_stack
 def test_settings_that_go_back_and_forth_serve_the_model_of_the_last_run(workspace: Path, images: Path) -> None:
     open_gate = ["--set", "evaluation.max_accuracy_drop=1"]
     for epochs in (30, 31, 30, 31):
@@ -184,6 +185,7 @@ def test_added_class_is_refused_until_a_person_says_that_it_is_meant(
     assert len(pushed_versions(workspace)) == len(before) + 1
 
 
+@pytest.mark.one_stack
 def test_code_change_behind_run_fn_reruns_the_trainer(workspace: Path, images: Path, monkeypatch) -> None:
     from data import fingerprint
 
@@ -203,6 +205,7 @@ def test_code_change_behind_run_fn_reruns_the_trainer(workspace: Path, images: P
     assert not ran & {"ImportExampleGen", "StatisticsGen", "ExampleValidator", "Transform"}
 
 
+@pytest.mark.one_stack
 def test_data_change_reruns_from_the_start(workspace: Path, images: Path, make_images, tmp_path: Path) -> None:
     grown = shutil.copytree(images, tmp_path / images.name)
     make_images(grown, num_per_class=44)
@@ -212,6 +215,7 @@ def test_data_change_reruns_from_the_start(workspace: Path, images: Path, make_i
     assert ran >= {"ImportExampleGen", "StatisticsGen", "ExampleValidator", "Transform", "Trainer", "Evaluator"}
 
 
+@pytest.mark.one_stack
 def test_shuffled_labels_are_refused_and_nothing_is_pushed(images: Path, tmp_path: Path, capfd) -> None:
     paths = sorted(images.glob("*/*"))
     labels = [path.parent.name for path in paths]
@@ -240,6 +244,7 @@ def test_worse_model_than_the_blessed_one_is_refused(workspace: Path, images: Pa
     assert any("lower than the latest blessed model's" in reason for reason in result["reasons"])
 
 
+@pytest.mark.one_stack
 def test_crash_after_the_evaluator_pushes_nothing_until_the_serving_check_blesses_too(
     workspace: Path, images: Path, monkeypatch
 ) -> None:
@@ -286,6 +291,7 @@ def test_data_gate_stops_records_that_disobey_the_schema(first_run, tmp_path: Pa
     assert "edit its schema" in hint
 
 
+@pytest.mark.one_stack
 def test_data_that_drifts_from_the_blessed_models_stops_the_run_unless_it_is_only_to_warn(
     workspace: Path, make_images, tmp_path: Path, capfd
 ) -> None:
@@ -312,6 +318,7 @@ def test_data_that_drifts_from_the_blessed_models_stops_the_run_unless_it_is_onl
     assert not any("drift" in finding for finding in accepted["data_findings"])
 
 
+@pytest.mark.one_stack
 def test_broken_images_are_quarantined_and_the_run_goes_on(make_images, tmp_path: Path) -> None:
     folder = make_images(tmp_path / "shapes")
     (folder / "circle" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
@@ -323,6 +330,7 @@ def test_broken_images_are_quarantined_and_the_run_goes_on(make_images, tmp_path
     assert {Path(row["file"]).name for row in quarantine} == {"broken.png", "empty.jpg"}
 
 
+@pytest.mark.one_stack
 def test_extra_column_becomes_a_slice(images: Path, tmp_path: Path) -> None:
     rows = ["path,label,camera"]
     for index, path in enumerate(sorted(images.glob("*/*"))):
@@ -366,6 +374,7 @@ def test_empty_class_ends_in_one_clear_line(images: Path, tmp_path: Path, capfd)
     assert error.count("\n") == 1
 
 
+@pytest.mark.one_stack
 def test_failed_run_leaves_no_verdict_of_an_earlier_one(workspace: Path, first_run, tmp_path: Path) -> None:
     records = shutil.copytree(first_run[0] / "tfrecords", tmp_path / "records")
     (records / "labels.txt").write_text("circle\nhexagon\n")  # the trainer meets a label that is not in the list
@@ -396,6 +405,7 @@ def test_command_line_prints_progress_and_nothing_of_tensorflow(images: Path, tm
     assert "tensorflow" not in done.stdout.lower()
 
 
+@pytest.mark.one_stack
 def test_terminal_shows_live_progress_and_nothing_of_tensorflow(images: Path, tmp_path: Path) -> None:
     command = [sys.executable, "local_runner.py", *SMOKE, "--data", str(images), "--workspace", str(tmp_path / "ws")]
     environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"} | {"TERM": "xterm"}
@@ -460,13 +470,14 @@ def test_fine_tuning_a_search_and_a_warm_start_run_through(images: Path, tmp_pat
     assert again["pushed_model"] != result["pushed_model"]
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_run_that_was_stopped_in_the_trainer_goes_on_there(
     images: Path, tmp_path: Path, sign: signal.Signals, code: int
 ) -> None:
     workspace = tmp_path / "run"
     command = [sys.executable, "local_runner.py", *SMOKE, "--data", str(images), "--workspace", str(workspace)]
-    command += ["--set", "training.epochs=300", "--set", "training.patience=300"]
+    command += ["--set", "training.epochs=120", "--set", "training.patience=120"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     checkpoints = workspace / "pipeline" / "Trainer" / "model_run"
     while not list(checkpoints.glob("*/checkpoints/head/checkpoint")):

@@ -146,6 +146,7 @@ def test_loop_leaves_images_of_no_weight_out_of_its_measures(make_loop):
     np.testing.assert_allclose(found["val_accuracy"], expected["val_accuracy"])
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("at", [(1, 0), (2, 3)])
 def test_loop_that_was_killed_ends_with_the_same_model(make_loop, precision, at):

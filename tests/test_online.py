@@ -1,38 +1,21 @@
-import concurrent.futures
 import datetime
 import email.utils
 import io
 import json
 import time
 
-import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
-from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceGrpcTransport
-from google.cloud.aiplatform_v1.services.prediction_service.transports import PredictionServiceGrpcTransport
-from google.cloud.aiplatform_v1.types import (
-    BatchPredictionJob,
-    CreateBatchPredictionJobRequest,
-    PredictRequest,
-    PredictResponse,
-)
-from google.protobuf import json_format, struct_pb2
 from PIL import Image
 from serving_stand_in import StandIn, save_classifier
 
-from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, InputError
+from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT
 from data.inspection import ImageLimits, UnusableImageError, inspect_image
 from pipeline.inputs import InputImage
 from pipeline.online import ServingClient, fit_image, list_images, parse_retry_after, predict_online
 from pipeline.predict import main
-from pipeline.vertex_prediction import (
-    MAX_IMAGE_BYTES,
-    MAX_REQUEST_BYTES,
-    EndpointClient,
-    submit_batch_prediction,
-    write_instances,
-)
+from pipeline.vertex_prediction import write_instances
 
 pytestmark = pytest.mark.one_stack
 
@@ -259,109 +242,6 @@ def test_fit_image_refuses_the_impossible(photograph):
         fit_image(photograph.read_bytes(), 100)
 
 
-class _Vertex:
-    """A gRPC server of Vertex AI's services that answers by functions from the SDK's own protos to its own protos."""
-
-    def __init__(self, service: str, method: str, request_type, answer):
-        def handle(request, context):
-            return answer(request, context)
-
-        handler = grpc.unary_unary_rpc_method_handler(
-            handle,
-            request_deserializer=request_type.deserialize,
-            response_serializer=lambda message: type(message).serialize(message),
-        )
-        self._server = grpc.server(concurrent.futures.ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
-        name = f"google.cloud.aiplatform.v1.{service}"
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, {method: handler})])
-        self._port = self._server.add_insecure_port("localhost:0")
-
-    def __enter__(self) -> grpc.Channel:
-        self._server.start()
-        return grpc.insecure_channel(f"localhost:{self._port}", options=[("grpc.max_send_message_length", -1)])
-
-    def __exit__(self, *unused) -> None:
-        self._server.stop(None)
-
-
-def _response(rows: list[dict]) -> PredictResponse:
-    response = PredictResponse()
-    PredictResponse.pb(response).predictions.extend(json_format.ParseDict(row, struct_pb2.Value()) for row in rows)
-    return response
-
-
-def _endpoint(channel: grpc.Channel) -> EndpointClient:
-    return EndpointClient(ENDPOINT, timeout_seconds=10, transport=PredictionServiceGrpcTransport(channel=channel))
-
-
-def test_endpoint_client_gives_the_answers_of_serving_default(server, images, expected):
-    requests = []
-
-    def answer(request, context):
-        requests.append(request)
-        instances = [json_format.MessageToDict(value) for value in PredictRequest.pb(request).instances]
-        _, content = server.predict(json.dumps({"instances": instances}).encode())
-        return _response(content["predictions"])
-
-    with _Vertex("PredictionService", "Predict", PredictRequest, answer) as channel:
-        answers = _ask(images, _endpoint(channel))
-
-    assert {request.endpoint for request in requests} == {ENDPOINT}
-    found = {answer.row["file"]: answer.row for answer in answers if "error" not in answer.row}
-    assert set(found) == set(expected)
-    for file, (label, probabilities) in expected.items():
-        assert found[file]["label"] == label
-        np.testing.assert_allclose(list(found[file]["probabilities"].values()), probabilities, atol=1e-5)
-
-
-def test_endpoint_client_shrinks_an_image_and_says_so(server, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "large.png")
-    sizes = []
-
-    def answer(request, context):
-        sizes.append(len(json.dumps([json_format.MessageToDict(value) for value in PredictRequest.pb(request).instances])))
-        return _response([{"label": "a", "probability": 1.0, "labels": ["a"], "probabilities": [1.0]}])
-
-    with _Vertex("PredictionService", "Predict", PredictRequest, answer) as channel:
-        (found,) = _ask(tmp_path, _endpoint(channel))
-
-    assert MAX_REQUEST_BYTES / 2 < sizes[0] < MAX_REQUEST_BYTES
-    assert found.row["label"] == "a"
-    assert f"to fit into a request of {MAX_IMAGE_BYTES:,} bytes" in found.row["note"]
-
-
-@pytest.mark.parametrize(
-    ("code", "times", "outcome"),
-    [
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, 2, "answered"),
-        (grpc.StatusCode.UNAVAILABLE, 2, "answered"),
-        (grpc.StatusCode.INVALID_ARGUMENT, 1, "refused"),
-        (grpc.StatusCode.INTERNAL, 1, "failed"),
-        (grpc.StatusCode.PERMISSION_DENIED, 1, "wrong input"),
-    ],
-)
-def test_endpoint_client_tells_busy_from_broken(images, code, times, outcome):
-    faults = [code] * times
-
-    def answer(request, context):
-        if faults:
-            context.abort(faults.pop(), "as the test says")
-        return _response([{"label": "a", "probability": 1.0, "labels": ["a"], "probabilities": [1.0]}])
-
-    image = next((images / "circle").glob("*.png"))
-    with _Vertex("PredictionService", "Predict", PredictRequest, answer) as channel:
-        if outcome == "wrong input":
-            with pytest.raises(InputError, match="as the test says"):
-                _ask(image, _endpoint(channel))
-            return
-        (found,) = _ask(image, _endpoint(channel))
-
-    assert found.server_failed == (outcome == "failed")
-    assert ("label" in found.row) == (outcome == "answered")
-    assert "as the test says" in found.row.get("error", "as the test says")
-
-
 def test_endpoint_client_says_that_there_are_no_credentials(images, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))  # the home of credentials
@@ -372,30 +252,6 @@ def test_endpoint_client_says_that_there_are_no_credentials(images, monkeypatch,
     error = capsys.readouterr().err
     assert error.startswith("error: Expected application default credentials. Received: none.")
     assert len(error.splitlines()) == 1
-
-
-def test_submit_batch_prediction_sends_instances_by_their_file(images, tmp_path):
-    requests = []
-
-    def answer(request, context):
-        requests.append(request)
-        return BatchPredictionJob(name="projects/p/locations/europe-west4/batchPredictionJobs/3")
-
-    with _Vertex("JobService", "CreateBatchPredictionJob", CreateBatchPredictionJobRequest, answer) as channel:
-        name = submit_batch_prediction(
-            MODEL,
-            display_name="shapes",
-            instances=["gs://b/in.jsonl"],
-            destination="gs://b/out",
-            transport=JobServiceGrpcTransport(channel=channel),
-        )
-
-    job = requests[0].batch_prediction_job
-    assert name == "projects/p/locations/europe-west4/batchPredictionJobs/3"
-    assert requests[0].parent == "projects/p/locations/europe-west4"
-    assert (job.model, list(job.input_config.gcs_source.uris)) == (MODEL, ["gs://b/in.jsonl"])
-    assert (job.input_config.instances_format, job.instance_config.key_field) == ("jsonl", "file")
-    assert job.output_config.gcs_destination.output_uri_prefix == "gs://b/out"
 
 
 def test_write_instances_writes_what_the_server_takes(server, images, expected, tmp_path):

@@ -52,37 +52,3 @@ def test_a_path_that_does_not_exist_is_found():
         "data/nowhere.py",
         "models/nowhere.py",
     ]
-
-
-def test_image_copies_what_exists_and_nothing_that_docker_is_told_to_ignore():
-    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    copied = [
-        source
-        for line in (ROOT / "Dockerfile").read_text().splitlines()
-        if line.startswith("COPY ") and "--from" not in line and "${" not in line
-        for source in line.split()[1:-1]
-    ]
-    assert copied
-    for source in copied:
-        assert (ROOT / source).exists(), source
-        assert any(pattern == source or pattern.startswith(f"{source}/") for pattern in allowed), source
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages <= {*copied, "tests"}
-
-
-def test_image_has_the_versions_of_its_lock():
-    text = (ROOT / "Dockerfile").read_text()
-    (lock,) = re.findall(r"^ARG LOCK=(\S+)$", text, re.MULTILINE)
-    (beam,) = re.findall(r"^FROM apache/beam_python3.11_sdk:(\S+)", text, re.MULTILINE)
-    assert f"\napache-beam=={beam} " in (ROOT / lock).read_text()
-    for other in re.findall(r"LOCK=(\S+)", text):
-        assert (ROOT / other).exists(), other
-
-
-def test_image_with_cuda_differs_by_nvidia_packages_only():
-    def pins(name: str) -> set[str]:
-        return set(re.findall(r"^[\w.\[\],-]+==\S+", (ROOT / name).read_text(), re.MULTILINE))
-
-    without, with_cuda = pins("requirements-tfx1.21.lock"), pins("requirements-tfx1.21-cuda.lock")
-    assert without < with_cuda
-    assert all(pin.startswith("nvidia-") for pin in with_cuda - without)

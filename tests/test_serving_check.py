@@ -218,6 +218,7 @@ def test_serving_check_refuses_a_model_in_a_bucket_that_does_not_load(good_model
     assert verdict["model_digest"] == model_digest(str(model))
 
 
+@pytest.mark.one_stack
 def test_serving_check_refuses_a_model_above_its_budgets(good_model, model_run):
     budgets = ServingCheckConfig(max_latency_ms=1e-3, max_batch_latency_ms=1e-3, max_memory_mb=500)
 
@@ -260,6 +261,7 @@ def test_serving_check_refuses_a_model_that_kills_its_process(transform, model_r
     assert verdict["max_difference"] is None
 
 
+@pytest.mark.one_stack
 def test_serving_check_refuses_a_model_that_hangs(transform, model_run, tmp_path):
     def hang(encoded: tf.Tensor) -> tf.Tensor:
         image = decode_images(encoded, image_size=TRANSFORM_IMAGE_SIZE)

@@ -114,6 +114,7 @@ def test_run_fn_gives_the_probabilities_of_training_on_every_road(uninterrupted,
     assert loss == pytest.approx(min(history["val_loss"]), rel=1e-3)
 
 
+@pytest.mark.one_stack
 def test_run_fn_repeats_with_the_same_seed_and_embeddings(uninterrupted, shape_records, make_arguments, tmp_path, caplog):
     root = Path(uninterrupted["model_run_dir"]).parents[1]
     arguments = make_arguments(tmp_path, trainer_config(str(root / "cache")))
@@ -128,6 +129,7 @@ def test_run_fn_repeats_with_the_same_seed_and_embeddings(uninterrupted, shape_r
     )
 
 
+@pytest.mark.one_stack
 def test_run_fn_of_another_seed_gives_another_model(uninterrupted, shape_records, make_arguments, tmp_path):
     arguments = make_arguments(tmp_path, trainer_config(training={"seed": 1}, fine_tuning={"epochs": 1}))
 
@@ -137,9 +139,10 @@ def test_run_fn_of_another_seed_gives_another_model(uninterrupted, shape_records
 
 
 # Long enough to be killed in: a head's epoch takes milliseconds.
-LONG = {HEAD: {"training": {"epochs": 300, "patience": 300}, "fine_tuning": {"epochs": 0}}, FINE_TUNING: {}}
+LONG = {HEAD: {"training": {"epochs": 120, "patience": 120}, "fine_tuning": {"epochs": 0}}, FINE_TUNING: {}}
 
 
+@pytest.mark.one_stack
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("stage", "sign"), [(HEAD, signal.SIGKILL), (FINE_TUNING, signal.SIGKILL), (FINE_TUNING, signal.SIGTERM)]
@@ -178,6 +181,7 @@ def test_run_fn_goes_on_where_it_was_killed_and_ends_with_the_same_model(
     assert list((tmp_path / "model_run").rglob("ckpt-*")) == []
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("step", ["fine_tune", "_export"])
 def test_run_fn_that_fails_goes_on_after_the_failure_is_mended(make_arguments, tmp_path, monkeypatch, caplog, step):
     arguments = make_arguments(tmp_path, trainer_config())
