@@ -16,7 +16,7 @@ endif
 LOCK := requirements-tfx$(TFX).lock
 STAMP := $(VENV)/.installed-$(TFX)
 
-.PHONY: help setup run test test-newest newest lint format bench lock clean
+.PHONY: help setup run test test-newest newest lint format bench docs lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -51,6 +51,10 @@ format: setup ## mend style
 
 bench: setup ## measure the whole run against a tutorial-style TFX pipeline (about half an hour)
 	@$(BIN)/python tests/benchmarks/whole_run.py $(ARGS)
+
+docs: setup ## write docs/configuration.md anew from the code
+	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -W ignore -m pipeline.config_reference 2>/dev/null > docs/configuration.md.tmp \
+	  && mv docs/configuration.md.tmp docs/configuration.md
 
 lock: ## resolve pyproject.toml anew into the locks
 	@test -x $(BIN)/uv || $(MAKE) setup
