@@ -146,9 +146,11 @@ class Variants:
         if not self._has_custom_job:
             return self._on_its_step(Trainer(custom_config=custom_config, **arguments))
         from tfx.extensions.google_cloud_ai_platform.trainer import executor
-        from tfx.extensions.google_cloud_ai_platform.trainer.component import Trainer as VertexTrainer
 
-        return VertexTrainer(custom_config=custom_config | self._custom_job(executor.TRAINING_ARGS_KEY), **arguments)
+        from pipeline.custom_job import CustomJobTrainer
+
+        custom_config = custom_config | self._custom_job(executor.TRAINING_ARGS_KEY)
+        return CustomJobTrainer(custom_config=custom_config, **arguments).with_id(Trainer.__name__)
 
     @property
     def _has_custom_job(self) -> bool:

@@ -1,0 +1,214 @@
+"""The compiled job runs here as Vertex AI runs it, and comes to what `local_runner.py` comes to.
+
+Every step is its container's own command in a fresh process with only what the image holds; gs:// URIs, the Trainer's custom
+job and the endpoint go by the real clients to a stand-in of Google Cloud, which runs the job's and the endpoint's containers.
+Ten minutes on two cores, half of them TFX's imports in each step.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CLASS_NAMES, ROOT
+from container_steps import Image, image_folder, run_custom_job, serving_container
+from job_executor import Artifact, JobResult, execute_job, local_job
+from vertex_stand_in import VertexStandIn
+
+import local_runner
+from pipeline.evaluation import Evaluation, read_evaluation
+
+pytestmark = pytest.mark.end_to_end
+
+SETTINGS = {
+    "TFX_VISION_PRESET": "smoke",
+    "TFX_VISION_PIPELINE__NAME": "shapes",
+    "TFX_VISION_DATA__INPUT": "gs://bucket/records",
+    "TFX_VISION_VERTEX__BUCKET": "gs://bucket",
+    "TFX_VISION_VERTEX__IMAGE": "us-docker.pkg.dev/test-project/images/tfx-vision:1",
+}
+SMOKE = ["--preset", "smoke", "--set", "data.valid_fraction=0.2", "--set", "data.test_fraction=0.3"]
+SABOTAGE = {"epochs": 1, "learning_rate": 1e-9}  # the head stays as it was drawn
+
+
+class Vertex:
+    """Vertex AI: the stand-in of its services, the containers that they run, and a metadata store."""
+
+    def __init__(self, cloud: VertexStandIn, image: Image, folder: Path):
+        self.cloud, self.image, self.folder = cloud, image, folder
+        self.store: list[Artifact] = []
+        self.containers = contextlib.ExitStack()
+        self._predict: dict[str, Callable[[Sequence[Any]], list[Any]]] = {}
+        self._lock = threading.Lock()
+        cloud.jobs.run_custom_job = self._train
+        cloud.jobs.finish_at_once = True
+
+    def run(self, job: dict[str, Any], **parameters: Any) -> JobResult:
+        """Runs a pipeline job."""
+        folder = self.folder / f"job{len(list(self.folder.glob('job*')))}"
+        folder.mkdir()
+        environment = self.cloud.environment
+        return execute_job(
+            job,
+            image=self.image,
+            folder=folder,
+            store=self.store,
+            parameters=parameters,
+            environment=environment,
+            path=self.cloud.storage.path,
+        )
+
+    def _train(self, job: Any) -> None:
+        """Runs a custom job, and has endpoints answer for the model that it makes."""
+        folder = self.folder / f"custom{len(list(self.folder.glob('custom*')))}"
+        run_custom_job(job, image=self.image, folder=folder, environment=self.cloud.environment)
+        command = list(job.job_spec.worker_pool_specs[0].container_spec.command)
+        (model,) = json.loads(command[command.index("--outputs") + 1])["model"]
+        uri = model["artifact"]["uri"]
+        self.cloud.answers[uri] = functools.partial(self._answer, uri)
+
+    def _answer(self, uri: str, instances: Sequence[Any]) -> list[Any]:
+        with self._lock:
+            if uri not in self._predict:
+                versions = [one for versions in self.cloud.models.values() for one in versions.values()]
+                (model,) = [one for one in versions if one.artifact_uri.startswith(uri)]
+                container = serving_container(
+                    model, image=self.image, log=self.folder / "server.log", environment=self.cloud.environment
+                )
+                self._predict[uri] = self.containers.enter_context(container)
+        return self._predict[uri](instances)
+
+    def evaluation(self, result: JobResult) -> Evaluation:
+        """Reads what the Evaluator of a job wrote."""
+        (artifact,) = result.tasks["Evaluator"].outputs["evaluation"]
+        return read_evaluation(str(self.cloud.storage.path(artifact.uri)), CLASS_NAMES)
+
+
+@pytest.fixture(scope="module")
+def local_run(make_images: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The records that a run on this machine made, and its `run.json`."""
+    workspace = tmp_path_factory.mktemp("local") / "shapes"
+    images = make_images(tmp_path_factory.mktemp("images") / "shapes")
+    assert local_runner.main([*SMOKE, "--data", str(images), "--workspace", str(workspace)]) == 0
+    return workspace / "tfrecords", json.loads((workspace / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return image_folder(ROOT / "Dockerfile", ROOT / ".dockerignore", tmp_path_factory.mktemp("image") / "app")
+
+
+@pytest.fixture(scope="module")
+def vertex(local_run: tuple[Path, dict], image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vertex]:
+    """Vertex AI with the records in a bucket."""
+    with VertexStandIn(tmp_path_factory.mktemp("cloud")) as cloud:
+        shutil.copytree(local_run[0], cloud.storage.create_bucket("bucket") / "records")
+        vertex = Vertex(cloud, image, tmp_path_factory.mktemp("vertex"))
+        with vertex.containers:
+            yield vertex
+
+
+def compile_job(folder: Path, environment: dict[str, str], **settings: str) -> str:
+    """Compiles the pipeline in a folder; returns the text of the job."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "TFX_VISION_"))}
+    project = {"TFX_VISION_VERTEX__PROJECT": "test-project", "HOME": str(folder)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "kubeflow_runner.py")],
+        cwd=folder,
+        env=kept | environment | project | SETTINGS | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (job,) = folder.glob("pipeline.*")
+    return job.read_text()
+
+
+@pytest.fixture(scope="module")
+def job(vertex: Vertex, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The job for Vertex AI; its runner read the records in the bucket."""
+    return local_job(compile_job(tmp_path_factory.mktemp("home"), vertex.cloud.environment))
+
+
+def metadata(result: JobResult, task: str, key: str) -> dict[str, Any]:
+    (artifact,) = result.tasks[task].outputs[key]
+    return artifact.metadata
+
+
+def require_success(result: JobResult) -> None:
+    assert result.state == "SUCCEEDED", [f"{name}: {task.error}" for name, task in result.tasks.items() if task.error]
+    assert {task.state for task in result.tasks.values()} == {"SUCCEEDED"}
+
+
+# One test, so that no second process repeats the first run for the second's sake.
+def test_compiled_job_deploys_a_good_model_and_keeps_a_bad_one_from_the_endpoint(
+    vertex: Vertex, job: dict[str, Any], local_run: tuple[Path, dict]
+) -> None:
+    good = vertex.run(job)
+    require_success(good)
+    here, there = local_run[1]["metrics"], vertex.evaluation(good)
+    assert there.confusion_matrix == here["confusion_matrix"]
+    assert there.overall == pytest.approx(here["overall"], abs=1e-4)
+    assert there.slices.keys() == here["slices"].keys()
+    assert (there.reasons, there.has_baseline) == ([], False)
+    (request,) = vertex.cloud.sent("CreateCustomJob")
+    (pool,) = request.custom_job.job_spec.worker_pool_specs
+    assert pool.container_spec.image_uri == SETTINGS["TFX_VISION_VERTEX__IMAGE"]
+    facts = metadata(good, "Pusher", "pushed_model")
+    assert (facts["pushed"], facts["pushed_version"], facts["traffic_percent"]) == (1.0, "1", 100.0)
+    assert len(vertex.cloud.sent("Predict")) >= 10  # images of the canary's check, answered by the model's own container
+    (endpoint,) = vertex.cloud.endpoints.values()
+    assert list(endpoint.traffic_split.values()) == [100]
+    before = type(endpoint).to_dict(endpoint)
+
+    bad = vertex.run(job, **SABOTAGE)
+    require_success(bad)
+    assert vertex.evaluation(bad).reasons
+    assert vertex.evaluation(bad).has_baseline
+    (model,) = good.tasks["Trainer"].outputs["model"]
+    blessing = metadata(bad, "Evaluator", "blessing")
+    assert (blessing["blessed"], blessing["baseline_model_id"]) == (0.0, model.name)
+    assert metadata(bad, "Pusher", "pushed_model")["pushed"] == 0.0
+    (endpoint,) = vertex.cloud.endpoints.values()
+    assert type(endpoint).to_dict(endpoint) == before
+    assert len(vertex.cloud.sent("UploadModel")) == 1
+
+
+def test_compiled_job_stops_at_the_data_gate(vertex: Vertex, job: dict[str, Any]) -> None:
+    bucket = vertex.cloud.storage.path("gs://bucket")
+    schema = (bucket / "records" / "schema" / "schema.pbtxt").read_text()
+    (bucket / "strict").mkdir()
+    (bucket / "strict" / "schema.pbtxt").write_text(schema.replace('"circle"', '"triangle"'))
+    result = vertex.run(job, schema="gs://bucket/strict")
+    assert result.tasks["DataGate"].state == "FAILED"
+    assert "DataAnomalyError" in result.tasks["DataGate"].error
+    later = {name: task.state for name, task in result.tasks.items() if name in ("Transform", "Trainer", "Pusher")}
+    assert set(later.values()) == {"NOT_TRIGGERED"}
+    assert result.state == "FAILED"
+
+
+def test_compiled_job_for_kubeflow_comes_to_the_same_metrics(
+    vertex: Vertex, image: Image, local_run: tuple, tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    settings = {"TFX_VISION_ENGINE": "kubeflow", "TFX_VISION_EVALUATION__COMPARE_WITH": "nothing"}
+    settings |= {"TFX_VISION_DATA__CLASS_NAMES": json.dumps(CLASS_NAMES), "TFX_VISION_DATA__SLICE_COLUMNS": "[]"}
+    text = compile_job(tmp_path / "home", {}, **settings)
+    bucket = tmp_path / "bucket"
+    shutil.copytree(local_run[0], bucket / "records")
+    job = local_job(text, bucket="gs://bucket", folder=bucket)
+    result = execute_job(job, image=image, folder=tmp_path, store=[], pipeline_root=str(bucket / "root"))
+    require_success(result)
+    (artifact,) = result.tasks["Evaluator"].outputs["evaluation"]
+    there = read_evaluation(artifact.uri, CLASS_NAMES)
+    assert there.overall == pytest.approx(local_run[1]["metrics"]["overall"], abs=1e-4)
+    assert Path(metadata(result, "Pusher", "pushed_model")["pushed_destination"], "saved_model.pb").exists()
