@@ -16,7 +16,10 @@ endif
 LOCK := requirements-tfx$(TFX).lock
 STAMP := $(VENV)/.installed-$(TFX)
 
-.PHONY: help setup run test test-newest newest lint format bench docs lock clean
+# Tests wait for processes of their own, so one worker more than there are processors; each takes up to 4 GB.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 5 ? $$(nproc) + 1 : 6 )))
+
+.PHONY: help setup run test test-long test-newest newest lint format bench docs lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,7 +31,10 @@ run: setup ## take the default data set, or ARGS="--data PATH", from images to a
 	@$(BIN)/python local_runner.py $(ARGS)
 
 test: setup ## run the tests; ARGS="-k NAME" for some of them
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-long: setup ## run what takes minutes each and `make test` leaves out
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long $(ARGS)
 
 # OTHER_STACK is the interpreter that tests/test_stacks.py exchanges models with.
 test-newest: setup ## run the tests on TFX 1.21; in a Debian 13 root where this machine's C library is too old for it

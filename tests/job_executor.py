@@ -24,6 +24,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from job_expressions import (
     LEGACY_FIELDS,
+    Artifact,
     artifact_filter,
     evaluate_condition,
     fill_placeholders,
@@ -45,37 +46,6 @@ METADATA_STORE = f"projects/{PROJECT_NUMBER}/locations/{REGION}/metadataStores/d
 _LEGACY_SCHEMA, _NEWER_SCHEMA = "2.0.0", "2.1.0"
 _TFX_FLAGS = ("--executor_class_path", "--json_serialized_invocation_args", "--json_serialized_inputs_spec_args")
 _FILE_TYPES = tuple(f"tfx.{name}" for name in ("Boolean", "Bytes", "Float", "Integer", "JsonValue", "String"))
-
-
-@dataclasses.dataclass
-class Artifact:
-    """An artifact in the metadata store.
-
-    Attributes:
-      name: resource name, projects/P/locations/R/metadataStores/default/artifacts/N.
-      schema: its type, an ArtifactTypeSchema as JSON.
-      uri: where it lies.
-      metadata: as JSON; every number is a float, as the service has it.
-      contexts: resource names of its pipeline and of its run.
-      state: LIVE, or PENDING until its task has succeeded.
-    """
-
-    name: str
-    schema: dict[str, Any]
-    uri: str
-    metadata: dict[str, Any]
-    contexts: tuple[str, ...] = ()
-    state: str = "PENDING"
-
-    @property
-    def schema_title(self) -> str:
-        """The type's title, such as tfx.Model."""
-        return self.schema.get("schemaTitle") or yaml.safe_load(self.schema["instanceSchema"])["title"]
-
-    def message(self) -> pb.RuntimeArtifact:
-        """Returns it as a container is told of it."""
-        fields = {"name": self.name, "type": self.schema, "uri": self.uri, "metadata": self.metadata}
-        return json_format.ParseDict(fields, pb.RuntimeArtifact())
 
 
 @dataclasses.dataclass
@@ -351,7 +321,7 @@ class _Execution:
             schema=plain(schema),
             uri=uri,
             metadata=plain(metadata),
-            contexts=tuple(f"{METADATA_STORE}/contexts/{context}" for context in contexts),
+            contexts=tuple(map(self._context, contexts)),
         )
 
     def _run_container(
@@ -413,13 +383,20 @@ class _Execution:
             same.append(new)
         result.outputs[key] = same[-1:]
 
+    @staticmethod
+    def _context(name: str) -> str:
+        return f"{METADATA_STORE}/contexts/{name}"
+
     def _run_resolver(
         self, spec: pb.PipelineDeploymentConfig.ResolverSpec, inputs: pb.ExecutorInput, result: TaskResult
     ) -> None:
         if any(not artifacts.artifacts for artifacts in inputs.inputs.artifacts.values()):
             return
         for key, query in spec.output_artifact_queries.items():
-            matches = artifact_filter(fill_placeholders(query.filter, inputs))
+            text = fill_placeholders(query.filter, inputs)
+            if "in_context(" not in text:  # as the specification of a resolver says
+                text += f' AND in_context("{self._context(self.spec.pipeline_info.name)}")'
+            matches = artifact_filter(text)
             found = [artifact for artifact in reversed(self.store) if matches(artifact)]
             result.outputs[key] = found[: query.limit or 1]
 

@@ -1,14 +1,16 @@
-"""The small languages in a compiled pipeline job: typed values, placeholders, conditions, and the queries of resolvers.
+"""The small languages in a compiled pipeline job: typed values, placeholders, conditions, and queries of artifacts.
 
 Called by `tests/job_executor.py`. Only what TFX's compiler writes is understood; anything else is refused, never guessed.
 """
 
 import ast
+import dataclasses
 import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import yaml
 from google.protobuf import json_format, struct_pb2
 from google.protobuf.message import Message
 from kfp.pipeline_spec import pipeline_spec_pb2 as pb
@@ -18,6 +20,37 @@ _TYPES = {
     **{"INT": int, "DOUBLE": float, "STRING": str},
     **{"NUMBER_INTEGER": int, "NUMBER_DOUBLE": float, "BOOLEAN": bool, "LIST": list, "STRUCT": dict},
 }
+
+
+@dataclasses.dataclass
+class Artifact:
+    """An artifact in the metadata store.
+
+    Attributes:
+      name: resource name, projects/P/locations/R/metadataStores/default/artifacts/N.
+      schema: its type, an ArtifactTypeSchema as JSON.
+      uri: where it lies.
+      metadata: as JSON; every number is a float, as the service has it.
+      contexts: resource names of its pipeline and of its run.
+      state: LIVE, or PENDING until its task has succeeded.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    uri: str
+    metadata: dict[str, Any]
+    contexts: tuple[str, ...] = ()
+    state: str = "PENDING"
+
+    @property
+    def schema_title(self) -> str:
+        """The type's title, such as tfx.Model."""
+        return self.schema.get("schemaTitle") or yaml.safe_load(self.schema["instanceSchema"])["title"]
+
+    def message(self) -> pb.RuntimeArtifact:
+        """Returns it as a container is told of it."""
+        fields = {"name": self.name, "type": self.schema, "uri": self.uri, "metadata": self.metadata}
+        return json_format.ParseDict(fields, pb.RuntimeArtifact())
 
 
 def python_type(declared: Any) -> type:
@@ -76,11 +109,11 @@ def fill_placeholders(text: str, inputs: pb.ExecutorInput) -> str:
     return re.sub(r"\{\{\$.*?\}\}", fill, text)
 
 
-def artifact_filter(text: str) -> Callable[[Any], bool]:
+def artifact_filter(text: str) -> Callable[[Artifact], bool]:
     """Reads the query of a resolver: `FIELD=VALUE`, `metadata.KEY.number_value=VALUE` and `in_context(VALUE)`, joined by AND.
 
     Returns:
-      Whether an artifact matches, which has the fields as attributes, `metadata`, and in `contexts` the resource names.
+      A function that tells whether an artifact matches.
 
     Raises:
       ValueError: for any other query, which the service may well understand.
@@ -96,7 +129,7 @@ def artifact_filter(text: str) -> Callable[[Any], bool]:
         require(is_metadata or field in ("", "schema_title", "state", "name", "uri"), "a field of an artifact", field)
         tests.append((path, value.strip('"')))
 
-    def matches(artifact: Any) -> bool:
+    def matches(artifact: Artifact) -> bool:
         for path, value in tests:
             if path[0] == "contexts":
                 is_match = value in artifact.contexts

@@ -2,7 +2,7 @@
 
 Every step is its container's own command in a fresh process with only what the image holds; gs:// URIs, the Trainer's custom
 job and the endpoint go by the real clients to a stand-in of Google Cloud, which runs the job's and the endpoint's containers.
-Ten minutes on two cores, half of them TFX's imports in each step.
+Five minutes on two cores, half of them TFX's imports in each step; what is marked `long` takes ten more.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from vertex_stand_in import VertexStandIn
 import local_runner
 from pipeline.evaluation import Evaluation, read_evaluation
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.one_stack]
 
 SETTINGS = {
     "TFX_VISION_PRESET": "smoke",
@@ -46,6 +46,7 @@ class Vertex:
         self.cloud, self.image, self.folder = cloud, image, folder
         self.store: list[Artifact] = []
         self.containers = contextlib.ExitStack()
+        self.preempt_when: Callable[[], bool] | None = None  # takes the machines of the next custom job away, once
         self._predict: dict[str, Callable[[Sequence[Any]], list[Any]]] = {}
         self._lock = threading.Lock()
         cloud.jobs.run_custom_job = self._train
@@ -69,7 +70,9 @@ class Vertex:
     def _train(self, job: Any) -> None:
         """Runs a custom job, and has endpoints answer for the model that it makes."""
         folder = self.folder / f"custom{len(list(self.folder.glob('custom*')))}"
-        run_custom_job(job, image=self.image, folder=folder, environment=self.cloud.environment)
+        preempt_when, self.preempt_when = self.preempt_when, None
+        environment = self.cloud.environment
+        run_custom_job(job, image=self.image, folder=folder, environment=environment, preempt_when=preempt_when)
         command = list(job.job_spec.worker_pool_specs[0].container_spec.command)
         (model,) = json.loads(command[command.index("--outputs") + 1])["model"]
         uri = model["artifact"]["uri"]
@@ -196,6 +199,33 @@ def test_compiled_job_stops_at_the_data_gate(vertex: Vertex, job: dict[str, Any]
     assert result.state == "FAILED"
 
 
+@pytest.mark.long
+def test_compiled_job_on_two_spot_machines_goes_on_where_they_were_taken_away(vertex: Vertex, tmp_path: Path) -> None:
+    settings = {
+        "TFX_VISION_PIPELINE__NAME": "spot",
+        "TFX_VISION_VERTEX__SPOT": "true",
+        "TFX_VISION_VERTEX__NUM_MACHINES": "2",
+        "TFX_VISION_TRAINING__EPOCHS": "3",
+        "TFX_VISION_FINE_TUNING__EPOCHS": "3",
+    }
+    job = local_job(compile_job(tmp_path, vertex.cloud.environment, **settings))
+    for task in ("Evaluator", "ServingCheck", "Pusher"):
+        del job["pipelineSpec"]["root"]["dag"]["tasks"][task]
+    bucket = vertex.cloud.storage.path("gs://bucket")
+    first_epoch = "pipeline_root/spot/*/*/Trainer_*/model_run/checkpoints/fine-tuning/ckpt-1.index"
+    vertex.preempt_when = lambda: any(bucket.glob(first_epoch))
+    require_success(vertex.run(job))
+    spec = vertex.cloud.sent("CreateCustomJob")[-1].custom_job.job_spec
+    assert spec.scheduling.strategy.name == "SPOT"
+    assert len(spec.worker_pool_specs) == 2
+    logs = [log.read_text() for log in max(vertex.folder.glob("custom*")).glob("*.log")]
+    assert len(logs) == 2
+    for log in logs:
+        assert log.count("of 2 workers") == 2  # each was started twice
+        assert "fine-tuning goes on from epoch 2" in log
+
+
+@pytest.mark.long
 def test_compiled_job_for_kubeflow_comes_to_the_same_metrics(
     vertex: Vertex, image: Image, local_run: tuple, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The executor of compiled jobs, on small jobs made by hand whose containers are Python one-liners."""
 
 import copy
+import dataclasses
 import json
 import textwrap
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from job_executor import METADATA_STORE, Artifact, JobResult, execute_job, local
 from tfx.orchestration.kubeflow.v2.container import kubeflow_v2_entrypoint_utils
 from tfx.types import standard_artifacts
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL, BLESSING = ({"instanceSchema": f"title: tfx.{name}\ntype: object\n"} for name in ("Model", "ModelBlessing"))
 # A container's program: `i` is its ExecutorInput, `outputs` its output artifacts; what it puts in `metadata` is written.
 PROLOGUE = """
@@ -227,6 +227,10 @@ def test_execute_job_resolves_the_blessed_model_of_an_earlier_execution_only(exe
     assert second.tasks["Compare"].log.read_text() == "1 baselines\n"
     third = execute(trainer_and_judge() | RESOLVERS, store=store)
     assert third.tasks["Latest"].outputs["model"] == second.tasks["Trainer"].outputs["model"]
+    for index, artifact in enumerate(store):  # as if another pipeline had made them all
+        store[index] = dataclasses.replace(artifact, contexts=("another",))
+    fourth = execute(trainer_and_judge() | RESOLVERS, store=store)
+    assert fourth.tasks["Compare"].log.read_text().endswith("0 baselines\n")
 
 
 def importer(reimport: bool, fingerprint: str = "5e41") -> dict[str, dict]:
@@ -339,10 +343,6 @@ def _cycle(components: dict) -> None:
     components["Trainer"]["task"] = {"dependentTasks": ["Judge"]}
 
 
-def _value(components: dict) -> None:
-    components["Judge"]["parameters"] = {"kind": ({"type": "INT"}, {"runtimeValue": {"constantValue": {"stringValue": "x"}}})}
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -362,7 +362,8 @@ def test_execute_job_refuses_a_job_that_cannot_run(execute: Callable, tmp_path: 
 
 def test_execute_job_fails_a_task_whose_constant_is_not_of_its_type(execute: Callable) -> None:
     components = trainer_and_judge()
-    _value(components)
+    constant = {"runtimeValue": {"constantValue": {"stringValue": "x"}}}
+    components["Judge"]["parameters"] = {"kind": ({"type": "INT"}, constant)}
     assert "`Judge.kind` to be int. Received: 'x'" in execute(components).tasks["Judge"].error
 
 
@@ -371,7 +372,8 @@ def test_local_job_replaces_the_bucket_and_dataflow_and_nothing_else(tmp_path: P
     own = ["--executor_class_path", "a.Executor", "--json_serialized_invocation_args", "{{$}}"]
     newer = ["--json_serialized_inputs_spec_args", "{}"]
     container = {"args": [*own, *newer, *beam], "lifecycle": {"preCacheCheck": {"args": [*own[2:], *beam]}}}
-    job = make_job(tmp_path, {"Step": {"executor": {"container": container}}, "Local": {"run": "pass"}})
+    other = {"container": {"args": [*own, "--runner=FnApiRunner", "--direct_num_workers=2"]}}
+    job = make_job(tmp_path, {"Step": {"executor": {"container": container}}, "Local": {"executor": other}})
     job["runtimeConfig"]["gcsOutputDirectory"] = "gs://bucket/root"
     job["displayName"] = 'gs://bucket2/a and {"cache": "gs://bucket"}'
     given = copy.deepcopy(job)

@@ -19,7 +19,7 @@ def blessed() -> pb.ExecutorInput:
     """An ExecutorInput with a blessing, as a container gets it."""
     inputs = pb.ExecutorInput()
     artifact = inputs.inputs.artifacts["blessing"].artifacts.add(uri="/blessing", name="artifacts/3")
-    artifact.metadata.update({"blessed": 1, "stage": "canary"})
+    artifact.metadata.update({"blessed": 1, "stage": "canary", "note": "a && !b"})
     inputs.inputs.artifacts["_Judge.blessing"].artifacts.append(artifact)  # as TFX names what only a condition reads
     inputs.inputs.parameters["epochs"].int_value = 30
     inputs.outputs.artifacts["model"].artifacts.add(uri="/model")
@@ -46,7 +46,8 @@ class _Producer:
         (lambda artifact: artifact.uri == "/blessing", True),
         (lambda artifact: artifact.property("stage") != "canary", False),
         (lambda artifact: ph.logical_and(artifact.uri + "!" == "/blessing!", artifact.property("blessed") > 0.5), True),
-        (lambda artifact: ph.logical_or(artifact.property("blessed") == 0, artifact.property("stage") == "a && b"), False),
+        (lambda artifact: ph.logical_or(artifact.property("blessed") == 0, artifact.property("stage") == "live"), False),
+        (lambda artifact: artifact.property("note") == "a && !b", True),
     ],
 )
 def test_evaluate_condition_agrees_with_the_predicate_that_tfx_compiled(
@@ -75,7 +76,7 @@ def test_fill_placeholders_puts_in_uris_parameters_and_the_whole_input(blessed: 
     assert fill_placeholders("{{$.outputs.artifacts['model'].uri}}:{{$.inputs.parameters['epochs']}}", blessed) == "/model:30"
     assert fill_placeholders("{{$.inputs.artifacts['blessing'].metadata['stage']}}", blessed) == "canary"
     whole = json.loads(fill_placeholders("{{$}}", blessed))
-    assert whole["inputs"]["artifacts"]["blessing"]["artifacts"][0]["metadata"] == {"blessed": 1.0, "stage": "canary"}
+    assert whole["inputs"]["artifacts"]["blessing"]["artifacts"][0]["metadata"]["blessed"] == 1.0
     for wrong in ("{{$.inputs.artifacts['absent'].uri}}", "{{$.inputs.artifacts['blessing'].size}}", "{{$.pipeline_job_name}}"):
         with pytest.raises(ValueError, match="Expected "):
             fill_placeholders(wrong, blessed)
@@ -90,7 +91,8 @@ CONTEXT = f"{METADATA_STORE}/contexts/shapes"
         ('schema_title="tfx.ModelBlessing" AND state=LIVE AND metadata.blessed.number_value=1', True),
         ("metadata.blessed.number_value = 1.0", True),
         ("metadata.blessed.number_value=0", False),
-        ('metadata.blessed.string_value="1"', False),
+        ('metadata.blessed.string_value="1.0"', False),
+        ("metadata.version.number_value=1.0", False),
         ('state=LIVE AND metadata.stage.string_value="canary"', True),
         ("metadata.absent.number_value=1", False),
         ('uri="/blessing"', True),
@@ -100,7 +102,7 @@ CONTEXT = f"{METADATA_STORE}/contexts/shapes"
     ],
 )
 def test_artifact_filter_matches_fields_metadata_and_contexts(query: str, matches: bool) -> None:
-    metadata = {"blessed": 1.0, "stage": "canary"}
+    metadata = {"blessed": 1.0, "stage": "canary", "version": "1.0"}
     artifact = Artifact("a/3", {"schemaTitle": "tfx.ModelBlessing"}, "/blessing", metadata, contexts=(CONTEXT,), state="LIVE")
     assert artifact_filter(query)(artifact) is matches
 
