@@ -19,7 +19,8 @@ Made = TypeVar("Made")
 CALL_SECONDS = 120.0  # of one request with its repetitions
 OPERATION_SECONDS = 2 * 3600.0  # Vertex AI's own limit of a deployment
 _MAX_MESSAGE = 400  # characters of Google's own words
-_NO_TOKEN = "Getting metadata from plugin failed"  # gRPC's words where a token cannot be had
+_NO_TOKEN = "Getting metadata from plugin failed"  # gRPC's words where a token cannot be had,
+NO_CONNECTION = ("Max retries exceeded", "Connection aborted", "timed out")  # with these where that is for want of a network
 _TRANSIENT = (
     exceptions.ServiceUnavailable,
     exceptions.GatewayTimeout,
@@ -34,7 +35,11 @@ class _StillRunningError(Exception):
 
 def is_transient(error: BaseException) -> bool:
     """Tells whether the same request may be answered a little later."""
-    return isinstance(error, _TRANSIENT) and _NO_TOKEN not in str(error)
+    return isinstance(error, _TRANSIENT) and not _is_refused_token(str(error))
+
+
+def _is_refused_token(message: str) -> bool:
+    return _NO_TOKEN in message and not any(words in message for words in NO_CONNECTION)
 
 
 RETRY = retry.Retry(predicate=is_transient, initial=1.0, maximum=20.0, multiplier=2.0, timeout=90.0)
@@ -136,7 +141,7 @@ def explained(error: BaseException, doing: str) -> Exception:
     if isinstance(error, exceptions.RetryError) and error.cause is not None:
         error = error.cause
     message = " ".join(str(getattr(error, "message", "") or error).split())[:_MAX_MESSAGE].rstrip(".")
-    if isinstance(error, google.auth.exceptions.GoogleAuthError | exceptions.Unauthorized) or _NO_TOKEN in message:
+    if isinstance(error, google.auth.exceptions.GoogleAuthError | exceptions.Unauthorized) or _is_refused_token(message):
         return InputError(
             f"Expected valid credentials to {doing}. Received: {message}. Run `gcloud auth application-default login`, or "
             "set GOOGLE_APPLICATION_CREDENTIALS to a service account's key file."

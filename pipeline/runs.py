@@ -41,7 +41,6 @@ _EXIT_INTERRUPTED = 130  # as a shell has it
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
 _CALL_SECONDS = 30.0  # of one look at a run, after which another is taken
 _LONGEST_PAUSE_SECONDS = 60.0  # between looks while there is no connection
-_LOST = ("Max retries exceeded", "Connection aborted", "timed out")  # where a new token cannot be fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +227,10 @@ def _is_lost(error: Exception) -> bool:
     """Tells whether the connection is at fault, so that asking again helps."""
     from google.api_core import exceptions
 
-    from pipeline.cloud_calls import is_transient
+    from pipeline.cloud_calls import NO_CONNECTION, is_transient
 
     failures = (exceptions.InternalServerError, exceptions.Unknown)
-    return is_transient(error) or isinstance(error, failures) or any(words in str(error) for words in _LOST)
+    return is_transient(error) or isinstance(error, failures) or any(words in str(error) for words in NO_CONNECTION)
 
 
 def _unless_interrupted(command: Callable[[], int], run: str, console: Console) -> int:

@@ -137,3 +137,11 @@ def test_faults_of_an_operation_are_not_taken_for_the_request_s(google_cloud):
         cloud_calls.finish(making, "make it")
 
     assert not is_transient(caught.value)
+
+
+def test_is_transient_tells_a_lost_connection_from_a_refused_token():
+    lost = exceptions.ServiceUnavailable("Getting metadata from plugin failed with error: Max retries exceeded with url")
+
+    assert is_transient(lost)
+    assert not is_transient(NO_TOKEN)
+    assert type(explained(lost, "sing")) is RuntimeError
