@@ -2,7 +2,8 @@
 
 Vertex AI's own TensorFlow containers explain by integrated gradients or XRAI, through the signatures `xai_preprocess` and
 `xai_model` and by this metadata; our server needs none of it. Plain dictionaries, which the types of
-`google.cloud.aiplatform.explain` take, so that nothing here needs that package. Nothing calls it yet; a deployment will.
+`google.cloud.aiplatform.explain` take, so that nothing here needs that package. Called by
+`pipeline.model_registry`.
 
 Google deprecated Vertex Explainable AI in March 2026 and means to end it in March 2027; the server's own `:explain` stays.
 

@@ -55,6 +55,9 @@ def push_model(model: str, destination: str, *, digest: str) -> str:
       InputError: if the serving folder cannot be made.
       RuntimeError: if the copy is not that model.
     """
+    bucket = "/".join(destination.split("/")[:3])
+    if destination.startswith("gs://") and not tf.io.gfile.isdir(bucket):  # to write into it TensorFlow would ask for ever
+        raise InputError(f"Expected the bucket of {destination!r} to exist. Received: no {bucket}. Make it, or name another.")
     try:
         tf.io.gfile.makedirs(destination)
     except tf.errors.OpError as error:

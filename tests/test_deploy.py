@@ -13,6 +13,7 @@ import ml_metadata as mlmd
 import pytest
 import tensorflow as tf
 from conftest import ROOT
+from vertex_stand_in import VertexStandIn
 from workspaces import Workspace, save_model
 
 from data.errors import EXIT_DONE, EXIT_NOT_BLESSED, EXIT_WRONG_INPUT, InputError
@@ -402,3 +403,22 @@ def test_main_without_a_command_or_with_two_records_explains_itself(capfd):
             main(arguments)
         assert caught.value.code == EXIT_WRONG_INPUT
     assert "not allowed with argument" in capfd.readouterr().err
+
+
+def test_push_model_says_that_a_bucket_is_missing(tmp_path):
+    # In a process of its own, as TensorFlow asks for gs:// by the environment that it was started with.
+    script = "import sys; from pipeline.versions import push_model; push_model(sys.argv[1], 'gs://missing/serving', digest='')"
+    with VertexStandIn(tmp_path) as cloud:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | cloud.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert "InputError: Expected the bucket of 'gs://missing/serving' to exist. Received: no gs://missing." in line

@@ -9,7 +9,7 @@ import vertex_stand_in
 from endpoint_models import IMAGE_URI, NUM_IMAGES, PIPELINE, Shop, answer_of
 from google.api_core import exceptions
 from google.api_core.gapic_v1.method import _GapicCallable
-from google.cloud.aiplatform_v1 import types
+from google.cloud.aiplatform_v1 import EndpointServiceClient, types
 from google.protobuf import json_format
 from vertex_stand_in import Fault
 
@@ -336,6 +336,58 @@ def test_deploy_model_tries_a_refused_model_again_when_it_is_asked_to(shop):
     assert (shop.traffic, shop.versions) == ({"2": 100}, [(["previous"], ""), (["default"], "")])
 
 
+def _deploy_by_hand(shop, version):
+    """Deploys a version without traffic, as what fails half-way leaves it; returns its id."""
+    (endpoint,), (model,) = shop.cloud.endpoints, shop.cloud.models
+    deployed = types.DeployedModel(
+        model=f"{model}@{version}",
+        dedicated_resources={"machine_spec": {"machine_type": "n1-standard-4"}, "min_replica_count": 1},
+    )
+    client = EndpointServiceClient(client_options={"api_endpoint": "us-central1-aiplatform.googleapis.com"})
+    return client.deploy_model(endpoint=endpoint, deployed_model=deployed).result().deployed_model.id
+
+
+def test_deploy_model_replaces_what_a_failed_deployment_has_left(shop):
+    shop.deploy(1)
+    shop.deploy(2, steps=(10,))
+    shop.rollout().rollback()
+    left = _deploy_by_hand(shop, 2)
+
+    deployment = shop.deploy(2, steps=(10,))
+
+    assert deployment.deployed_model_id != left
+    assert left not in shop.deployed_ids
+    assert (shop.traffic, shop.versions) == ({"1": 90, "2": 10}, [(["default"], ""), (["canary"], "withdrawn")])
+
+
+def test_deploy_model_does_not_go_back_to_what_never_served(shop):
+    shop.deploy(1)
+    shop.deploy(2, steps=(10,))
+    shop.rollout().undeploy(everything=True, delete_endpoint=False)
+    _deploy_by_hand(shop, 2)
+
+    shop.deploy(1)
+
+    assert (shop.traffic, shop.versions) == ({"1": 100}, [(["default"], ""), ([], "")])
+
+
+def test_deploy_model_checks_a_first_model_again_where_it_was_killed_meanwhile(shop, monkeypatch):
+    """It is the default version from the beginning and has all of the traffic, so that nothing else tells."""
+    with pytest.raises(RuntimeError, match="is refused"):
+        shop.deploy(1, answer=_refuse)
+    kill = _Kill(monkeypatch)
+    kill.on_answer = lambda: setattr(kill, "at", kill.count if shop.traffic == {"1": 100} else None)
+    with pytest.raises(_KilledError):
+        shop.deploy(1)
+    kill.start()
+    since = len(shop.cloud.sent("Predict"))
+
+    shop.deploy(1)
+
+    assert len(shop.cloud.sent("Predict")) == since + NUM_IMAGES
+    assert shop.versions == [(["default"], "")]
+
+
 def test_deploy_model_gives_up_on_a_model_that_gets_no_requests(shop):
     """As where another deployer's traffic split has replaced this one's."""
     shop.deploy(1)
@@ -449,6 +501,29 @@ def test_deploy_model_leaves_the_old_model_serving_after_a_failure(shop, method,
     assert shop.traffic == {"2": 100}
     assert shop.versions == [(["previous"], ""), (["default"], "")]
     assert len(shop.deployed_ids) == 1
+
+
+def test_deploy_model_gives_the_alias_back_with_the_traffic(shop, monkeypatch):
+    """Where the new model got the alias and the answer was an error: who serves and who is the default must be one."""
+    shop.deploy(1)
+    num_before, once_more = (
+        len(shop.cloud.sent("MergeVersionAliases")),
+        Fault(exceptions.InternalServerError("oops"), "answer_lost"),
+    )
+
+    def on_answer():
+        if len(shop.cloud.sent("MergeVersionAliases")) == num_before + 1 and not shop.cloud.faults:  # `previous` is given
+            shop.cloud.faults.append(("MergeVersionAliases", once_more))
+
+    kill = _Kill(monkeypatch)
+    kill.on_answer = on_answer
+
+    with pytest.raises(
+        RuntimeError, match=r"Expected Vertex AI to give version 2 the alias -canary, default. .* Version 1 has"
+    ):
+        shop.deploy(2)
+
+    assert (shop.traffic, shop.versions) == ({"1": 100}, [(["default", "previous"], ""), ([], "")])
 
 
 def test_deploy_model_keeps_the_new_model_where_the_old_one_cannot_be_undeployed(shop):
