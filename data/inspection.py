@@ -52,6 +52,7 @@ FORMATS = tuple(
 _JPEG = ("JPEG", "MPO")  # the second is a JPEG with further images behind it, as phones write
 # The limit of `ImageLimits` is the one that counts, and is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
+NO_FILE = "there is no such file"  # the reason of an image that is listed and not there
 
 
 class ImageLimits(pydantic.BaseModel):
@@ -128,7 +129,7 @@ def read_file(path: str, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
     try:
         encoded = _read_remote(path, max_bytes) if is_remote(path) else _read_local(path, max_bytes)
     except FileNotFoundError as error:
-        raise UnusableImageError("there is no such file") from error
+        raise UnusableImageError(NO_FILE) from error
     except OSError as error:
         if error.errno in _TRANSIENT_ERRORS:
             raise
@@ -159,7 +160,7 @@ def _read_remote(path: str, max_bytes: int) -> bytes:
         with tf.io.gfile.GFile(path, "rb") as file:
             return file.read()
     except tf.errors.NotFoundError as error:
-        raise UnusableImageError("there is no such file") from error
+        raise UnusableImageError(NO_FILE) from error
     except _PERMANENT_REMOTE_ERRORS as error:
         raise UnusableImageError(f"it cannot be read: {shorten(error.message)}") from error
 

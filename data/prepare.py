@@ -22,6 +22,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import hashlib
 import itertools
@@ -30,7 +31,7 @@ import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -43,7 +44,7 @@ from tensorflow_metadata.proto.v0 import schema_pb2
 from data.errors import EXIT_DONE, InputError, report_error, validate
 from data.features import LABELS_FILE, REPORT_FILE, SCHEMA_FILE, SCHEMA_FOLDER, SPLITS, make_schema
 from data.fingerprint import code_fingerprint
-from data.inspection import ImageLimits, is_remote
+from data.inspection import NO_FILE, ImageLimits, is_remote
 from data.report import DATA_REPORT_FILE, write_data_report
 from data.sources import ELPV, Source, is_prepared, open_source, read_lines
 from data.splits import SplitConfig
@@ -391,7 +392,15 @@ def _check_quarantine(config: DataConfig, quarantine: list[dict[str, Any]], num_
             + f" (first: {first['file']}"
             + (f", line {first['line']}" if first["line"] else "")
             + "). Mend them, or raise data.max_quarantined_fraction."
+            + (" Paths in a CSV are relative to its folder." if NO_FILE in dict(reasons) and first["line"] else "")
         )
+
+
+def _similar(label: str, labels: Iterable[str]) -> str:
+    """Asks whether another class was meant, where a name is nearly the same."""
+    others = {other.casefold(): other for other in labels if other != label}
+    found = difflib.get_close_matches(label.casefold(), others, n=1, cutoff=0.8)
+    return f" Did you mean {others[found[0]]!r}?" if found else ""
 
 
 def _check_counts(counts: dict[str, dict[str, int]]) -> None:
@@ -400,8 +409,8 @@ def _check_counts(counts: dict[str, dict[str, int]]) -> None:
             if number == 0:
                 raise InputError(
                     f"Expected images of every class in every split. Received: none of class {label!r} in "
-                    f"{split!r} ({sum(c[label] for c in counts.values())} in all). Add images of it, remove the class, "
-                    "or raise data.valid_fraction and data.test_fraction."
+                    f"{split!r} ({sum(c[label] for c in counts.values())} in all).{_similar(label, counts[split])} "
+                    "Add images of it, remove the class, or raise data.valid_fraction and data.test_fraction."
                 )
 
 

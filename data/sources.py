@@ -326,6 +326,10 @@ def _check_class_names(class_names: tuple[str, ...], location: str) -> None:
             )
 
 
+# Words that head a column of another name: no image is called so, and no class of a photograph.
+_LIKE_A_HEADER = {"label", "labels", "class", "category", "target", "filename", "file", "filepath", "image_path", "image"}
+
+
 def _csv_header(first_row: list[str], path: str) -> tuple[list[str], bool]:
     names = [cell.strip().lower() for cell in first_row]
     if "path" in names and "label" in names:
@@ -337,10 +341,15 @@ def _csv_header(first_row: list[str], path: str) -> tuple[list[str], bool]:
                 f"Rename what is empty, repeats, has a `=` or is one of {', '.join(RESERVED_KEYS)}."
             )
         return names, True
-    if len(names) > 3 or len(names) < 2 or "label" in names:
+    is_header = bool(_LIKE_A_HEADER & set(names))
+    if len(names) > 3 or len(names) < 2 or is_header:
+        if len(names) == 1 and any(separator in names[0] for separator in ";\t|"):
+            remedy = " Save it with commas between the columns."
+        else:
+            remedy = " Rename the columns of its header." if is_header else ""
         raise InputError(
             f"Expected {path} to begin with a header that names `path` and `label`, or to have the columns "
-            f"path,label[,split]. Received: {','.join(first_row)[:80]!r}."
+            f"path,label[,split]. Received: {','.join(first_row)[:80]!r}.{remedy}"
         )
     return ["path", "label", "split"][: len(names)], False
 
@@ -349,7 +358,8 @@ def _csv_reference(row: dict[str, str], folder: str, csv_path: str, line: int) -
     split = row.get("split", "").strip() or None
     if split is not None and split not in SPLITS:
         raise InputError(
-            f"Expected the split in {csv_path}, line {line}, to be empty or one of {', '.join(SPLITS)}. Received: {split!r}."
+            f"Expected the split in {csv_path}, line {line}, to be empty or one of {', '.join(SPLITS)}. Received: {split!r}. "
+            "Correct it, or leave the column out to have the images split by their content."
         )
     is_absolute = is_remote(row["path"]) or os.path.isabs(row["path"])
     return ImageReference(

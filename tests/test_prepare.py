@@ -275,6 +275,30 @@ def test_main_refuses_a_split_without_a_class(tmp_path, own_images, capsys):
     assert not (tmp_path / "records").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "question"), [("squares", " Did you mean 'square'?"), ("Square", " Did you mean 'square'?"), ("tree", "")]
+)
+def test_main_asks_whether_a_label_is_a_typing_error(tmp_path, own_images, capsys, wrong, question):
+    csv = tmp_path / "list.csv"
+    paths = sorted(own_images.rglob("*.*"))
+    labels = [wrong, *(path.parent.name for path in paths[1:])]
+    csv.write_text("".join(f"{path},{label}\n" for path, label in zip(paths, labels, strict=True)))
+
+    assert _main(csv, tmp_path / "records") == 2
+
+    assert f"(1 in all).{question} Add images of it" in capsys.readouterr().err
+
+
+def test_main_says_that_paths_in_a_csv_are_relative_to_it(tmp_path, own_images, capsys):
+    csv = tmp_path / "list.csv"
+    csv.write_text("".join(f"{path.relative_to(own_images)},{path.parent.name}\n" for path in own_images.rglob("*.*")))
+
+    assert _main(csv, tmp_path / "records") == 2
+
+    assert "x there is no such file" in (line := capsys.readouterr().err)
+    assert line.endswith("Paths in a CSV are relative to its folder.\n")
+
+
 def test_main_lets_a_split_column_win_over_the_content(tmp_path, own_images):
     csv = tmp_path / "list.csv"
     rows = [(path, SPLITS[number % 3]) for number, path in enumerate(sorted(own_images.rglob("*.*")))]

@@ -194,17 +194,28 @@ def test_open_source_names_the_line_with_a_wrong_split(tmp_path):
     path = _csv(tmp_path, "path,label,split\na.png,cat,train\nb.png,dog,validation\n")
 
     assert _error(path) == (
-        f"Expected the split in {path}, line 3, to be empty or one of train, valid, test. Received: 'validation'."
+        f"Expected the split in {path}, line 3, to be empty or one of train, valid, test. Received: 'validation'. "
+        "Correct it, or leave the column out to have the images split by their content."
     )
 
 
-@pytest.mark.parametrize("first", ["a.png", "a.png,cat,train,left"])
-def test_open_source_explains_columns_without_names(tmp_path, first):
+@pytest.mark.parametrize(
+    ("first", "remedy"),
+    [
+        ("a.png", ""),
+        ("a.png,cat,train,left", ""),
+        ("a.png;cat", " Save it with commas between the columns."),
+        ("a.png\tcat", " Save it with commas between the columns."),
+        ("filename,class", " Rename the columns of its header."),
+        ("Image,Category", " Rename the columns of its header."),
+    ],
+)
+def test_open_source_explains_columns_without_names(tmp_path, first, remedy):
     path = _csv(tmp_path, f"{first}\n")
 
     assert _error(path) == (
         f"Expected {path} to begin with a header that names `path` and `label`, or to have the columns "
-        f"path,label[,split]. Received: {first!r}."
+        f"path,label[,split]. Received: {first!r}.{remedy}"
     )
 
 
