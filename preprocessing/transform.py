@@ -4,12 +4,15 @@ No analyzer is used, so Transform only traces this graph and never reads the ima
 evaluation and serving alike.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_transform as tft
+from tensorflow_transform import impl_helper
 
-from data.features import IMAGE_KEY, LABEL_KEY, transformed_name
+from data.features import IMAGE_KEY, LABEL_KEY, feature_spec, transformed_name
 from preprocessing.images import InputSpec, decode_images
 
 
@@ -34,6 +37,26 @@ def preprocessing_fn(inputs: dict[str, tf.Tensor], custom_config: dict[str, Any]
         ),
         transformed_name(LABEL_KEY): label,
     }
+
+
+def write_transform_graph(folder: str, *, spec: InputSpec, class_names: Sequence[str]) -> None:
+    """Writes the graph that the Transform component writes, where no pipeline runs, as in a notebook.
+
+    Args:
+      folder: to make; `TransformGraph` loads it.
+      spec: what the network's images are like.
+      class_names: the ordered class list.
+    """
+    settings = {"input": spec.model_dump(mode="json"), "class_names": list(class_names)}
+    features = feature_spec()
+    # What the component itself calls where there is no analyzer.
+    impl_helper.analyze_in_place(
+        functools.partial(preprocessing_fn, custom_config=settings),
+        force_tf_compat_v1=False,
+        feature_specs=features,
+        type_specs={name: tf.TensorSpec([None], feature.dtype) for name, feature in features.items()},
+        transform_output_path=folder,
+    )
 
 
 class TransformGraph:

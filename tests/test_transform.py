@@ -3,8 +3,8 @@ import pytest
 import tensorflow as tf
 from conftest import CLASS_NAMES, TRANSFORM_IMAGE_SIZE
 
-from preprocessing.images import decode_image
-from preprocessing.transform import TransformGraph, preprocessing_fn
+from preprocessing.images import InputSpec, decode_image
+from preprocessing.transform import TransformGraph, preprocessing_fn, write_transform_graph
 
 CONFIG = {"input": {"image_size": 32, "interpolation": "bicubic"}, "class_names": ["zebra", "ant", "cät"]}
 
@@ -79,3 +79,14 @@ def test_transform_graph_takes_each_input_without_the_other(transform_graph):
     assert graph.labels.structured_input_signature[0][0].shape.as_list() == [None]
     assert len(graph.labels.inputs) == 1
     assert len(graph.images.inputs) == 1
+
+
+def test_write_transform_graph_writes_what_the_component_writes(transform_graph, photograph, tmp_path):
+    spec = InputSpec(image_size=TRANSFORM_IMAGE_SIZE, interpolation="bicubic")
+    batch = tf.constant([photograph.read_bytes()])
+
+    write_transform_graph(str(tmp_path / "graph"), spec=spec, class_names=CLASS_NAMES)
+
+    written, expected = TransformGraph(str(tmp_path / "graph")), TransformGraph(transform_graph)
+    np.testing.assert_array_equal(written.images(batch), expected.images(batch))
+    np.testing.assert_array_equal(written.labels(tf.constant([CLASS_NAMES[1], "bee"])), [1, -1])
