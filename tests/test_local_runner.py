@@ -141,6 +141,7 @@ def test_deleted_push_is_put_back_by_a_cached_run(workspace: Path, images: Path)
     assert (Path(result["pushed_model"]) / "saved_model.pb").exists()
 
 
+@pytest.mark.one_stack
 def test_training_setting_reruns_from_the_trainer(workspace: Path, images: Path) -> None:
     code, result = run(workspace, "--data", str(images), "--set", "training.epochs=31")
     assert code == 0
@@ -164,6 +165,7 @@ def test_settings_that_go_back_and_forth_serve_the_model_of_the_last_run(workspa
     assert (Path(result["pushed_model"]) / "fingerprint.pb").read_bytes() == trained
 
 
+@pytest.mark.one_stack
 def test_added_class_is_refused_until_a_person_says_that_it_is_meant(
     workspace: Path, images: Path, make_images, tmp_path: Path
 ) -> None:
@@ -233,6 +235,7 @@ def test_shuffled_labels_are_refused_and_nothing_is_pushed(images: Path, tmp_pat
     assert "Not blessed" in (tmp_path / "ws" / "report.html").read_text()
 
 
+@pytest.mark.one_stack
 def test_worse_model_than_the_blessed_one_is_refused(workspace: Path, images: Path, tmp_path: Path) -> None:
     before = pushed_versions(workspace)
     # Without ImageNet's weights the model is a guess, and absolute limits of zero would let it pass.
@@ -443,6 +446,7 @@ def _log(workspace: Path) -> str:
     return (workspace / "run.log").read_text()
 
 
+@pytest.mark.one_stack
 def test_fine_tuning_a_search_and_a_warm_start_run_through(images: Path, tmp_path: Path) -> None:
     settings = ["--data", str(images), "--set", "training.epochs=5", "--set", "training.warm_start=true"]
     code, result = run(
@@ -471,7 +475,7 @@ def test_fine_tuning_a_search_and_a_warm_start_run_through(images: Path, tmp_pat
 
 
 @pytest.mark.one_stack
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sign", "code"), [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long), (signal.SIGTERM, 143)])
 def test_run_that_was_stopped_in_the_trainer_goes_on_there(
     images: Path, tmp_path: Path, sign: signal.Signals, code: int
 ) -> None:

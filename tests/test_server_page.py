@@ -20,7 +20,10 @@ from server_process import ServerProcess, export_classifier
 from test_report_in_browser import BROWSER, OPTIONS, PHONE_WIDTH
 
 websocket = pytest.importorskip("websocket", reason="the kubernetes client brings it")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed"),
+    pytest.mark.one_stack,
+]
 
 WAIT_SECONDS = 60
 MAX_BODY_BYTES = 2**18

@@ -210,6 +210,7 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
+@pytest.mark.one_stack
 @pytest.mark.end_to_end
 def test_run_fn_trains_alike_on_one_device_on_two_and_on_two_machines(make_arguments, shape_records, tmp_path):
     # Without chance: dropout, depth and mixing draw for each replica on its own. The learning rates are for one replica.

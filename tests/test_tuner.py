@@ -113,6 +113,7 @@ def test_tuner_fn_finds_values_that_the_trainer_takes(arguments):
     assert best["values"] == trials[0].hyperparameters.values
 
 
+@pytest.mark.one_stack
 def test_search_goes_on_where_it_was_stopped(arguments, monkeypatch):
     class Stopped(BaseException):
         """As a kill ends it."""
@@ -249,6 +250,7 @@ def test_search_goes_on_after_a_loss_that_is_no_number(arguments, monkeypatch):
     assert best.values["training.learning_rate"] == rates[1]
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("trials", [1, 4])
 def test_search_says_that_every_trial_diverged(arguments, monkeypatch, trials):
     def diverge(config):
