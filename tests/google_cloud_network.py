@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import re
-import select
+import selectors
 import socket
 import socketserver
 import ssl
@@ -326,10 +326,12 @@ class _ProxyHandler(socketserver.StreamRequestHandler):
 def _exchange(client: socket.socket, server: socket.socket) -> None:
     """Carries bytes both ways until one side has closed."""
     other = {client: server, server: client}
-    while True:
-        ready, _, _ = select.select(list(other), [], [])
-        for source in ready:
-            content = source.recv(1 << 16)
-            if not content:
-                return
-            other[source].sendall(content)
+    with selectors.DefaultSelector() as selector:  # `select` knows no descriptor beyond 1,023
+        for source in other:
+            selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                content = key.fileobj.recv(1 << 16)
+                if not content:
+                    return
+                other[key.fileobj].sendall(content)

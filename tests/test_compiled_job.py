@@ -186,6 +186,7 @@ def test_compiled_job_deploys_a_good_model_and_keeps_a_bad_one_from_the_endpoint
     assert len(vertex.cloud.sent("UploadModel")) == 1
 
 
+@pytest.mark.long
 def test_compiled_job_stops_at_the_data_gate(vertex: Vertex, job: dict[str, Any]) -> None:
     bucket = vertex.cloud.storage.path("gs://bucket")
     schema = (bucket / "records" / "schema" / "schema.pbtxt").read_text()

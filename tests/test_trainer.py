@@ -145,7 +145,12 @@ LONG = {HEAD: {"training": {"epochs": 120, "patience": 120}, "fine_tuning": {"ep
 @pytest.mark.one_stack
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
-    ("stage", "sign"), [(HEAD, signal.SIGKILL), (FINE_TUNING, signal.SIGKILL), (FINE_TUNING, signal.SIGTERM)]
+    ("stage", "sign"),
+    [
+        (HEAD, signal.SIGKILL),
+        pytest.param(FINE_TUNING, signal.SIGKILL, marks=pytest.mark.long),
+        (FINE_TUNING, signal.SIGTERM),
+    ],
 )
 def test_run_fn_goes_on_where_it_was_killed_and_ends_with_the_same_model(
     uninterrupted, shape_records, make_arguments, tmp_path, stage, sign
