@@ -62,23 +62,24 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize(("run", "evaluated_by"), [(1, "the other stack"), (2, "this stack")])
-def test_model_of_one_stack_is_the_baseline_on_the_other(runs: list[dict], run: int, evaluated_by: str):
-    assert runs[run]["metrics"]["has_baseline"] is True, f"{evaluated_by} did not find the model of the run before"
-    assert runs[run]["blessed"] is True
-    states = {step["name"]: step["cached"] for step in runs[run]["components"]}
-    assert states["Trainer"] is False  # another TensorFlow trains anew
-    assert states["ImportExampleGen"] is True  # and the data stays
+# One test, so that the runs are made once and not by every worker.
+def test_model_of_one_stack_is_the_baseline_on_the_other_and_is_served_by_it(
+    runs: list[dict], images: Path, make_images, tmp_path: Path
+):
+    for run, evaluated_by in ((1, "the other stack"), (2, "this stack")):
+        assert runs[run]["metrics"]["has_baseline"] is True, f"{evaluated_by} did not find the model of the run before"
+        assert runs[run]["blessed"] is True
+        states = {step["name"]: step["cached"] for step in runs[run]["components"]}
+        assert states["Trainer"] is False  # another TensorFlow trains anew
+        assert states["ImportExampleGen"] is True  # and the data stays
 
-
-@pytest.mark.parametrize("run", [0, 1])
-def test_model_of_one_stack_is_served_by_the_other(runs: list[dict], run: int, images: Path, make_images, tmp_path: Path):
     # Shapes that it knows, then shapes that it does not, for probabilities away from 0 and 1.
     strange = make_images(tmp_path / "strange", class_names=("triangle", "cross"), num_per_class=4)
     chosen = [path for folder in ("circle", "square") for path in sorted((images / folder).iterdir())[:4]]
     chosen += sorted(strange.glob("*/*"))
-    here = serve(sys.executable, runs[run]["pushed_model"], chosen, tmp_path)
-    there = serve(OTHER_STACK, runs[run]["pushed_model"], chosen, tmp_path)
-    assert here["tensorflow"] != there["tensorflow"], "OTHER_STACK is this stack"
-    assert here["labels"][:8] == there["labels"][:8] == ["circle"] * 4 + ["square"] * 4
-    np.testing.assert_allclose(here["probabilities"], there["probabilities"], rtol=0, atol=TOLERANCE)
+    for run in (0, 1):
+        here = serve(sys.executable, runs[run]["pushed_model"], chosen, tmp_path)
+        there = serve(OTHER_STACK, runs[run]["pushed_model"], chosen, tmp_path)
+        assert here["tensorflow"] != there["tensorflow"], "OTHER_STACK is this stack"
+        assert here["labels"][:8] == there["labels"][:8] == ["circle"] * 4 + ["square"] * 4
+        np.testing.assert_allclose(here["probabilities"], there["probabilities"], rtol=0, atol=TOLERANCE)
