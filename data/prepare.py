@@ -577,6 +577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for warning in report["warnings"]:
         print(f"warning: {warning}")
+    if report["quarantined"]:
+        print(f"Why     {os.path.join(arguments.output, QUARANTINE_FILE)}")
     print(f"Report  {os.path.join(arguments.output, DATA_REPORT_FILE)}")
     print(f"{'Nothing changed; kept' if report['reused'] else 'Wrote'} {arguments.output}")
     return EXIT_DONE

@@ -42,7 +42,7 @@ def train(**settings) -> None:
     """Runs the Trainer's step."""
     config = VertexConfig(**SETTINGS | settings)
     model, examples = standard_artifacts.Model(), standard_artifacts.Examples()
-    model.uri, examples.uri = "gs://bucket/root/Trainer/model", "gs://bucket/root/ImportExampleGen/examples"
+    model.uri, examples.uri = "gs://bucket/pipeline_root/Trainer/model", "gs://bucket/pipeline_root/ImportExampleGen/examples"
     custom_config = {
         "ai_platform_enable_vertex": True,
         "ai_platform_vertex_region": config.region,
@@ -88,8 +88,8 @@ def test_trainer_runs_tfx_in_every_container(google_cloud: VertexStandIn):
     properties = json.loads(given["--exec-properties"])
     assert properties["run_fn"] == "models.trainer.run_fn"
     assert json.loads(properties["custom_config"])["trainer"] == {"class_names": ["daisy", "rose"]}
-    assert "gs://bucket/root/ImportExampleGen/examples" in given["--inputs"]
-    assert "gs://bucket/root/Trainer/model" in given["--outputs"]
+    assert "gs://bucket/pipeline_root/ImportExampleGen/examples" in given["--inputs"]
+    assert "gs://bucket/pipeline_root/Trainer/model" in given["--outputs"]
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,14 @@ def test_main_asks_whether_a_label_is_a_typing_error(tmp_path, own_images, capsy
     assert f"(1 in all).{question} Add images of it" in capsys.readouterr().err
 
 
+def test_main_names_the_file_with_the_reasons_of_the_quarantine(tmp_path, own_images, capsys):
+    (own_images / "circle" / "empty.png").touch()
+
+    assert _main(own_images, tmp_path / "records") == 0
+
+    assert f"Why     {tmp_path / 'records' / 'quarantine.json'}" in capsys.readouterr().out.splitlines()
+
+
 def test_main_says_that_paths_in_a_csv_are_relative_to_it(tmp_path, own_images, capsys):
     csv = tmp_path / "list.csv"
     csv.write_text("".join(f"{path.relative_to(own_images)},{path.parent.name}\n" for path in own_images.rglob("*.*")))
