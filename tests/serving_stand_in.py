@@ -45,6 +45,7 @@ class StandIn(ThreadingHTTPServer):
     """The server. `faults` are played first, one for a request: a status, (status, headers), or `reset`."""
 
     daemon_threads = True
+    request_queue_size = 64  # with five, a busy machine drops the connections of the sixteen that `predict online` opens
 
     def __init__(self, model: Path, name: str = "model"):
         super().__init__(("localhost", 0), _Handler)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -645,13 +644,12 @@ def test_runner_checks_in_a_process_of_its_own(apis, google_cloud, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [tmp_path / "google_cloud"]
 
 
-def test_runner_without_credentials_says_so_within_seconds(tmp_path: Path):
+def test_runner_without_credentials_says_so(tmp_path: Path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TFX_VISION_", "GOOGLE_"))}
     environment |= {"HOME": str(tmp_path), "NO_GCE_CHECK": "true"}
     overrides = [f"vertex.project={PROJECT}", "vertex.bucket=gs://bucket", f"vertex.image={IMAGE}"]
     command = [sys.executable, str(ROOT / "kubeflow_runner.py"), "--check"]
     command += [part for override in overrides for part in ("--set", override)]
-    begin = time.monotonic()
 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
@@ -661,4 +659,3 @@ def test_runner_without_credentials_says_so_within_seconds(tmp_path: Path):
         "missing credentials      none found. Run `gcloud auth application-default login`, or set "
         "GOOGLE_APPLICATION_CREDENTIALS to a service account's key file.\n"
     )
-    assert time.monotonic() - begin < 60

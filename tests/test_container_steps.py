@@ -232,8 +232,8 @@ def test_run_custom_job_fails_with_any_replica_and_ends_the_others(image: Image,
 
 def test_run_custom_job_is_done_with_its_chief(image: Image, tmp_path: Path) -> None:
     started = time.monotonic()
-    run_custom_job(custom_job((1, "pass"), (1, "import time; time.sleep(60)")), image=image, folder=tmp_path / "job")
-    assert time.monotonic() - started < 30
+    run_custom_job(custom_job((1, "pass"), (1, "import time; time.sleep(600)")), image=image, folder=tmp_path / "job")
+    assert time.monotonic() - started < 600
 
 
 def test_run_custom_job_of_a_spot_machine_is_ended_and_started_anew(image: Image, tmp_path: Path) -> None:

@@ -284,12 +284,9 @@ def test_operation_seconds_keep_the_endpoint_busy(vertex):
 
 
 def test_operations_are_done_in_their_first_answer(vertex):
-    began = time.monotonic()
-
     _endpoint(100, 50)
 
     assert not vertex.sent("GetOperation")
-    assert time.monotonic() - began < 2  # the SDK's first look at an operation comes after one second
 
 
 def test_custom_job_runs_the_test_s_function(vertex):
@@ -300,14 +297,12 @@ def test_custom_job_runs_the_test_s_function(vertex):
         time.sleep(0.3)
 
     vertex.jobs.run_custom_job = run
-    began = time.monotonic()
     job = aiplatform.CustomJob("train", worker_pool_specs=POOLS, labels={"a": "b"})
 
     job.run(timeout=3600, service_account="me@project", restart_job_on_worker_restart=True)
 
     assert ran == ["image"]
     assert job.state.name == "JOB_STATE_SUCCEEDED"
-    assert time.monotonic() - began < 3  # the SDK asks every five seconds
     (sent,) = vertex.sent("CreateCustomJob")
     assert sent.custom_job.job_spec.scheduling.timeout.total_seconds() == 3600
     (stored,) = vertex.custom_jobs.values()
