@@ -25,7 +25,7 @@ from data.features import FILENAME_KEY, IMAGE_KEY, LABELS_FILE
 from models.reference import REFERENCE_FILE
 from models.signatures import IMAGE_BYTES, PROBABILITIES
 from models.trained import EXTRA_FOLDER
-from pipeline.cloud_calls import explained, explaining, is_transient, once
+from pipeline.cloud_calls import explained, explaining, is_transient, is_unreachable, once
 from pipeline.online import read_prediction
 from pipeline.vertex_prediction import MAX_IMAGE_BYTES
 from pipeline.vertex_state import CanaryError
@@ -146,6 +146,7 @@ class CanaryCheck:
         Raises:
           CanaryError: if one answer is wrong or an error, or the model does not answer.
           InputError: if the endpoint may not be asked.
+          RuntimeError: if it cannot be reached from here.
         """
         self._stopped.clear()
         max_tries, patience = math.ceil(_TRIES * 100 / share), time.monotonic() + _PATIENCE_SECONDS
@@ -181,6 +182,8 @@ class CanaryCheck:
                 # Vertex AI does not say which model failed; an endpoint that fails is none to go on with.
                 num_busy += 1
                 if not is_transient(error) or num_busy > _MAX_BUSY:
+                    if is_unreachable(error):  # which is not the model's fault
+                        raise explained(error, "ask the endpoint") from error
                     message = " ".join(str(error.message).split())[:300].rstrip(".")
                     raise CanaryError(f"{reference.name} was answered with an error: {message}") from error
                 self._stopped.wait(_PAUSE_SECONDS * 2 ** (num_busy - 1))

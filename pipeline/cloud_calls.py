@@ -21,6 +21,7 @@ OPERATION_SECONDS = 2 * 3600.0  # Vertex AI's own limit of a deployment
 _MAX_MESSAGE = 400  # characters of Google's own words
 _NO_TOKEN = "Getting metadata from plugin failed"  # gRPC's words where a token cannot be had,
 NO_CONNECTION = ("Max retries exceeded", "Connection aborted", "timed out")  # with these where that is for want of a network
+_NO_ADDRESS = ("failed to connect to all addresses", "DNS resolution failed")  # gRPC's words without a network
 _TRANSIENT = (
     exceptions.ServiceUnavailable,
     exceptions.GatewayTimeout,
@@ -36,6 +37,11 @@ class _StillRunningError(Exception):
 def is_transient(error: BaseException) -> bool:
     """Tells whether the same request may be answered a little later."""
     return isinstance(error, _TRANSIENT) and not _is_refused_token(str(error))
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Tells whether a request did not leave this machine: no network, no proxy, or no token."""
+    return any(words in str(error) for words in (_NO_TOKEN, *_NO_ADDRESS))
 
 
 def _is_refused_token(message: str) -> bool:

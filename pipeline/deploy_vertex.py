@@ -57,9 +57,7 @@ def add_commands(commands: Any) -> None:
         "If an answer is wrong, the version is taken back and the exit code is 1.",
     )
     promote.add_argument("--to", type=percentage, default=100, metavar="PERCENT", help="to stop at (default: %(default)s)")
-    promote.add_argument(
-        "--references", metavar="FILE", help="the trainer's reference predictions (default: beside the version's SavedModel)"
-    )
+    _add_check_arguments(promote, "beside the version's SavedModel")
     rollback = _add_command(
         commands,
         "rollback",
@@ -114,10 +112,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what a command that uploads a model takes, but for the endpoint's name."""
     target = _add_target_arguments(parser)
     target.add_argument("--run", metavar="NAME", help=f"of the run that made the model, a label (default: {_RUN_BY_HAND})")
-    references = target.add_mutually_exclusive_group()
-    references.add_argument(
-        "--references", metavar="FILE", help="the trainer's reference predictions (default: beside the model, in model_run)"
-    )
+    _add_check_arguments(target, "beside the model, in model_run")
+
+
+def _add_check_arguments(parser: Any, place: str) -> None:
+    references = parser.add_mutually_exclusive_group()
+    references.add_argument("--references", metavar="FILE", help=f"the trainer's reference predictions (default: {place})")
     references.add_argument("--unchecked", action="store_true", help="compare no answers")
 
 
@@ -269,7 +269,10 @@ def _copied_to_bucket(settings: Settings, model: str, references: str | None, *,
     try:
         # TensorFlow asks for ever to write into a bucket that is not there.
         if not tf.io.gfile.isdir("/".join(bucket.split("/")[:3])):
-            raise InputError(f"Expected `vertex.bucket` to exist. Received: {bucket}. Make it, or name another.")
+            raise InputError(
+                f"Expected `vertex.bucket` to exist. Received: {bucket}. Make it, name another, or, if it exists, ask for "
+                "roles/storage.legacyBucketReader on it."
+            )
         version = latest_version(f"{folder}/model")
         copy = f"{folder}/model/{version}"
         if version is None or model_digest(copy) != digest:
@@ -290,7 +293,7 @@ def _promote(arguments: argparse.Namespace, console: Console) -> None:
     settings = read_settings(arguments, console)
     steps = (*(step for step in settings.config.traffic_steps if step < arguments.to), arguments.to)
     with _rollout(settings, console) as rollout:
-        deployment = rollout.promote(arguments.references, steps)
+        deployment = rollout.promote(arguments.references, steps, is_checked=not arguments.unchecked)
     _say_deployment(console, deployment)
 
 

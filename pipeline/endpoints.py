@@ -14,7 +14,7 @@ Called by `pipeline.components.VertexDeployer` and `pipeline.deploy_vertex`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from google.cloud.aiplatform_v1 import types
@@ -176,6 +176,8 @@ class Rollout:
         share = state.share(deployed) if deployed else 0
         if share == 100 and state.is_accepted(number):
             self._report(f"Version {number} has all of the traffic already")
+            if differences := self.endpoint.differences(deployed):
+                self._report(differences)
             self._undeploy_idle()
             return self._deployment(number, deployed, 100)
         others_serve = any(value for key, value in state.endpoint.traffic_split.items() if not deployed or key != deployed.id)
@@ -183,8 +185,11 @@ class Rollout:
         try:
             if CANARY_ALIAS not in state.versions[number].version_aliases:
                 self.registry.merge_aliases(number, CANARY_ALIAS)
-            deployed = self.endpoint.ensure_deployed(self._name(number), plan[0])
-            split = None
+
+            def require(endpoint: types.Endpoint) -> None:
+                self._require_sole_trial(dataclasses.replace(state, endpoint=endpoint), number)
+
+            deployed, split = self.endpoint.ensure_deployed(self._name(number), plan[0], require=require)
             for step in plan:
                 split = self.endpoint.set_traffic(deployed.id, step, expected=split)
                 found = check.run(self.endpoint.name, deployed.id, step) if check else "its answers are not compared"
@@ -198,11 +203,9 @@ class Rollout:
         return self._deployment(number, deployed, plan[-1])
 
     def _require_sole_trial(self, state: State, number: str) -> None:
-        """Lets one version be on trial beside the default one."""
+        """Lets one version be on trial beside the default one, which a first model is from the beginning."""
         default = state.with_alias(DEFAULT_ALIAS)
-        others = [one for one in state.others(number) if state.share(one)]
-        if len(others) > 1 or (others and number == default):
-            trials = [one for one in others if one.model_version_id != default] or others
+        if trials := [one for one in state.trials() if one.model_version_id not in (number, default)]:
             received = ", ".join(f"version {one.model_version_id} with {state.share(one)} %" for one in trials)
             raise InputError(
                 f"Expected no other version on trial on the endpoint {self.endpoint.display_name}. Received: {received}. End "
@@ -210,8 +213,19 @@ class Rollout:
             )
 
     def _accept(self, number: str) -> None:
-        """Gives the aliases to a version that has all of the traffic; `default` comes last, as the end of the rollout."""
+        """Gives the aliases to a version that has all of the traffic; `default` comes last, as the end of the rollout.
+
+        Raises:
+          RuntimeError: if somebody else has changed the traffic meanwhile.
+        """
         state = self.read()
+        deployed = state.deployed(number)
+        if not deployed or state.share(deployed) != 100:
+            raise RuntimeError(
+                f"Expected version {number} to have all of the traffic of the endpoint {self.endpoint.display_name} still. "
+                f"Received: {dict(state.endpoint.traffic_split)}, so somebody else is changing it. Look at "
+                "`python -m pipeline.deploy status`."
+            )
         aliases, earlier = state.versions[number].version_aliases, state.incumbent(number)
         if state.verdict(number):
             self.registry.set_verdict(state.versions[number], "")
@@ -223,11 +237,9 @@ class Rollout:
         """Takes a version back after an error; returns the error that says so."""
         try:
             verdict = REFUSED if isinstance(error, CanaryError) else ""
-            serving = self._remove(number, verdict=verdict, reason=str(error))
+            ending = f"{self._remove(number, verdict=verdict, reason=str(error))}."
         except Exception as failure:
             ending = f"Taking version {number} back failed too: {failure} Run `python -m pipeline.deploy rollback`."
-        else:
-            ending = f"{serving} has all of the traffic." if serving else "The endpoint serves no model now."
         if isinstance(error, CanaryError):
             return RuntimeError(
                 f"Expected version {number} to answer on the endpoint {self.endpoint.display_name} as in training. Received: "
@@ -239,12 +251,13 @@ class Rollout:
         """Gives a version's traffic back to the others and undeploys it.
 
         Returns:
-          What serves now, "version 3"; empty where nothing does.
+          What serves now, a sentence without its full stop.
         """
         state = self.read()
         deployed, heir, version = state.deployed(number), state.incumbent(number), state.versions[number]
+        split: Mapping[str, int] = state.endpoint.traffic_split
         if deployed and state.share(deployed):
-            self.endpoint.set_traffic(deployed.id, 0, heir=heir.id if heir else "")
+            split = self.endpoint.set_traffic(deployed.id, 0, heir=heir.id if heir else "")
         if heir and DEFAULT_ALIAS in version.version_aliases:
             self.registry.merge_aliases(heir.model_version_id, DEFAULT_ALIAS)
         if verdict and state.verdict(number) != verdict:
@@ -253,14 +266,15 @@ class Rollout:
             self.registry.merge_aliases(number, f"-{CANARY_ALIAS}")
         if deployed:
             self.endpoint.undeploy(deployed)
-        return f"Version {heir.model_version_id}" if heir else ""
+        return state.describe_traffic(split)
 
-    def promote(self, references: str | None, steps: Sequence[int]) -> Deployment:
+    def promote(self, references: str | None, steps: Sequence[int], *, is_checked: bool = True) -> Deployment:
         """Brings the version that is on trial through further steps of the traffic, from the share that it has.
 
         Args:
           references: path of its reference predictions; None to look beside its SavedModel.
           steps: percentages, growing.
+          is_checked: whether its answers are compared.
 
         Raises:
           InputError: if no version, or more than one, is on trial, or its reference predictions are not found.
@@ -271,7 +285,8 @@ class Rollout:
         if len(trials) == 1:
             number = trials[0].model_version_id
             model = state.versions[number].artifact_uri
-            return self.roll_out(number, self.make_check(model, references or _found_references(model)), steps)
+            found = (references or _found_references(model)) if is_checked else None
+            return self.roll_out(number, self.make_check(model, found), steps)
         serving, previous = state.deployed(default), state.with_alias(PREVIOUS_ALIAS)
         was_promoted = any(one.model_version_id == previous for one in state.idle()) and not state.verdict(previous)
         self._undeploy_idle()
@@ -287,8 +302,8 @@ class Rollout:
         """Takes back the version that is on trial; without one, brings the version before the present one back.
 
         That one is deployed with all of the traffic, without a check, as time matters then and it has served before. The
-        version that was left gets the label tfx-vision-verdict=withdrawn: no further rollback brings it back by itself, so
-        that a rollback may be repeated.
+        version that was left gets the label tfx-vision-verdict=withdrawn: no further rollback brings it back by itself, and
+        none goes behind the default version while a later one was taken back, so that a rollback may be repeated.
 
         Args:
           to: number of a version to bring back in place of the previous one.
@@ -308,20 +323,23 @@ class Rollout:
         is_good = target in state.versions and (bool(to) or state.verdict(target) != WITHDRAWN)
         unwanted = [one for one in others if one.model_version_id != target or not is_good]
         for one in unwanted:
-            serving = self._remove(one.model_version_id, verdict=WITHDRAWN, reason="taken back by hand")
-            self._report(f"{serving or 'No version'} has all of the traffic")
+            self._report(self._remove(one.model_version_id, verdict=WITHDRAWN, reason="taken back by hand"))
         present = state.deployed(default)
         if (unwanted and not to) or (is_good and target == default and present):
             return self._deployment(default, present, 100) if present else None
-        if not is_good or target == default:
+        # The last thing that happened here, perhaps by this very command: one rollback more would go a version too far.
+        taken_back = [number for number in state.versions if present and int(number) > int(default) and state.verdict(number)]
+        if not is_good or target == default or (taken_back and not to):
             known = ", ".join(number for number in state.versions if number != default)
+            last = taken_back[-1] if taken_back and not to else target
             raise InputError(
-                f"Expected a version to go back to. Received: {f'version {target}' if target else 'none'}"
-                f"{', which was itself taken back' if target in state.versions else ''}. "
+                f"Expected a version to go back to. Received: {f'version {last}' if last else 'none'}"
+                f"{', which was itself taken back' if last in state.versions else ''}. "
+                f"{state.describe_traffic(state.endpoint.traffic_split)}. "
                 f"{f'Name one with --version: {known}.' if known else 'There is no other.'}"
             )
         try:
-            deployed = self.endpoint.ensure_deployed(self._name(target), 100)
+            deployed, _ = self.endpoint.ensure_deployed(self._name(target), 100)
             self.endpoint.set_traffic(deployed.id, 100)
             self.registry.merge_aliases(target, DEFAULT_ALIAS)
         except Exception as error:

@@ -57,7 +57,10 @@ def push_model(model: str, destination: str, *, digest: str) -> str:
     """
     bucket = "/".join(destination.split("/")[:3])
     if destination.startswith("gs://") and not tf.io.gfile.isdir(bucket):  # to write into it TensorFlow would ask for ever
-        raise InputError(f"Expected the bucket of {destination!r} to exist. Received: no {bucket}. Make it, or name another.")
+        raise InputError(
+            f"Expected the bucket of {destination!r} to exist. Received: no {bucket}. Make it, name another, or, if it "
+            "exists, ask for roles/storage.legacyBucketReader on it."
+        )
     try:
         tf.io.gfile.makedirs(destination)
     except tf.errors.OpError as error:

@@ -5,7 +5,8 @@ two; operations that an interrupted command left running are waited for; before 
 
 Two commands at once: a change of the traffic carries the `etag` of the endpoint that it was computed from, and is given up
 where somebody else changed the traffic meanwhile. `DeployModel` has no `etag`: of two at the same moment the later one's
-traffic counts, and the earlier one finds its own share gone and takes its model away. In the end one of the two serves.
+traffic counts, and the earlier one finds the traffic otherwise than it left it and takes its model away. In the end at most
+one of the two serves.
 
 Called by `pipeline.endpoints`.
 """
@@ -140,7 +141,9 @@ class VertexEndpoint:
         with explaining(f"read the endpoint {self.display_name}"):
             return self._client.get_endpoint(name=self.name, **repeated())
 
-    def ensure_deployed(self, version: str, share: int) -> types.DeployedModel:
+    def ensure_deployed(
+        self, version: str, share: int, *, require: Callable[[types.Endpoint], None] = lambda endpoint: None
+    ) -> tuple[types.DeployedModel, dict[str, int]]:
         """Deploys a version with a share of the traffic, unless it is deployed and has traffic already.
 
         One without traffic is what a deployment that failed, or a rollback that was interrupted, has left; it is replaced.
@@ -148,28 +151,35 @@ class VertexEndpoint:
         Args:
           version: name of the version, projects/P/locations/L/models/ID@V.
           share: percentage of the traffic, in [1, 100].
+          require: raises where the endpoint, as it is just before, must not be changed.
+
+        Returns:
+          The deployed model, and the split of the traffic: deployed model's id -> percentage.
         """
         number, model_id = version.rpartition("@")[2], last_part(version)
         doing = f"deploy version {number} to the endpoint {self.display_name}"
 
-        def find_or_make() -> types.DeployedModel:
+        def find_or_make() -> tuple[types.DeployedModel, dict[str, int]]:
             wait_for_operations(self._client, self.name, self._report)
             state = State(self.get(), {}, model_id)
+            require(state.endpoint)
             found = state.deployed(number)
             if found is not None and state.share(found):
-                return found
+                return found, dict(state.endpoint.traffic_split)
             if found is not None:
                 self.undeploy(found)
             self._report(
                 f"Deploying version {number} with {share} % of the traffic on {self._config.serving_machine_type}, in general "
                 "5 to 15 minutes"
             )
+            split = split_traffic(state.endpoint.traffic_split, _NEW_ID, share)
             request = types.DeployModelRequest(
                 endpoint=self.name,
                 deployed_model=self._deployed_model(version, f"{self._pipeline_name[:_MAX_STEM]}-{number}"),
-                traffic_split=split_traffic(state.endpoint.traffic_split, _NEW_ID, share),
+                traffic_split=split,
             )
-            return finish(self._client.deploy_model(request, **once()), doing).deployed_model
+            made = finish(self._client.deploy_model(request, **once()), doing).deployed_model
+            return made, {made.id if key == _NEW_ID else key: value for key, value in split.items()}
 
         with explaining(doing):
             return cloud_calls.RETRY(find_or_make)()
@@ -187,6 +197,20 @@ class VertexEndpoint:
                 machine_spec=machine, min_replica_count=config.min_replicas, max_replica_count=config.max_replicas
             ),
             service_account=config.service_account,
+        )
+
+    def differences(self, deployed: types.DeployedModel) -> str:
+        """Says in what a deployed model differs from the settings, a sentence; empty where it does not."""
+        wanted = self._deployed_model(deployed.model, deployed.display_name)
+        now, then = (_describe_machines(one) for one in (deployed, wanted))
+        if wanted.service_account not in ("", deployed.service_account):
+            now, then = (
+                f"{text} as {one.service_account or 'the default account'}" for text, one in ((now, deployed), (then, wanted))
+            )
+        return (
+            f"Version {deployed.model_version_id} stays on {now}; the settings, {then}, hold for the next one"
+            if now != then
+            else ""
         )
 
     def set_traffic(
@@ -260,3 +284,10 @@ class VertexEndpoint:
 
         with explaining(doing):
             cloud_calls.RETRY(attempt)()
+
+
+def _describe_machines(deployed: types.DeployedModel) -> str:
+    resources = deployed.dedicated_resources
+    machine, low, high = resources.machine_spec, resources.min_replica_count, resources.max_replica_count
+    gpus = f" with {machine.accelerator_count} {machine.accelerator_type.name}" if machine.accelerator_count else ""
+    return f"{low if low == high else f'{low} to {high}'} x {machine.machine_type}{gpus}"

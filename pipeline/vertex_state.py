@@ -119,7 +119,7 @@ class State:
 
     def is_accepted(self, version: str) -> bool:
         """Tells whether a version is the default one by a rollout that ended; a model's first is so from the beginning."""
-        aliases = self.versions[version].version_aliases
+        aliases = self.versions[version].version_aliases if version in self.versions else ()
         return DEFAULT_ALIAS in aliases and CANARY_ALIAS not in aliases
 
     def trials(self) -> list[types.DeployedModel]:
@@ -138,6 +138,22 @@ class State:
     def idle(self) -> list[types.DeployedModel]:
         """Returns the deployments of the pipeline's model that have no traffic."""
         return [one for one in self.ours if not self.share(one)]
+
+    def describe_traffic(self, split: Mapping[str, int]) -> str:
+        """Says who has the traffic, a sentence without its full stop.
+
+        Args:
+          split: deployed model's id -> percentage; the endpoint's, or what it has become since.
+        """
+        names = {
+            one.id: f"version {one.model_version_id}" if one in self.ours else f"the model {last_part(one.model)}"
+            for one in self.endpoint.deployed_models
+        }
+        shares = [(names.get(key, f"the deployed model {key}"), share) for key, share in split.items() if share]
+        if not shares:
+            return "The endpoint serves no model now"
+        parts = " and ".join(f"{name} has {'all' if share == 100 else f'{share} %'}" for name, share in shares)
+        return f"{parts[0].upper()}{parts[1:]} of the traffic"
 
     def describe(self) -> dict[str, Any]:
         """Returns it for JSON: `model`, `versions` and `deployed`, the latest first; times are in UTC."""

@@ -1,6 +1,7 @@
 """Models that tests deploy to the stand-in of Vertex AI: real SavedModels, which answer there themselves, and their references.
 
 `Shop` is an endpoint's world in one test: a bucket, models in it as the Trainer leaves them, and what is on Vertex AI now.
+`Kill` ends a command anywhere.
 """
 
 import base64
@@ -15,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
+from google.api_core import exceptions
+from google.api_core.gapic_v1.method import _GapicCallable
 from google.longrunning import operations_pb2
 from PIL import Image
 from serving_stand_in import CLASS_NAMES, IMAGE_SIZE, save_classifier
 from vertex_stand_in import VertexStandIn
 
 from models.reference import REFERENCE_FILE
+from pipeline import canary, cloud_calls
 from pipeline.endpoints import Deployment, Rollout, deploy_model
 from pipeline.model_digest import model_digest
 from pipeline.vertex import VertexConfig
@@ -102,6 +107,17 @@ def answer_of(number: int) -> Answer:
     return answer
 
 
+def refuse(instances: list[Any]) -> Rows:
+    """What a container answers that does not run."""
+    raise exceptions.FailedPrecondition("the container has crashed")
+
+
+def changes(cloud: VertexStandIn, since: int = 0) -> list[str]:
+    """The names of the requests that change something, in order."""
+    reading = ("List", "Get", "Predict")
+    return [method for method, _ in cloud.requests[since:] if not method.startswith(reading)]
+
+
 class Shop:
     """One pipeline's endpoint in one test.
 
@@ -123,7 +139,8 @@ class Shop:
 
     def _list_operations(self, request: operations_pb2.ListOperationsRequest) -> operations_pb2.ListOperationsResponse:
         prefix = f"{self.cloud._world.canonical(request.name)}/operations/"
-        found = [one.proto for name, one in self.cloud._operations.items() if name.startswith(prefix)]
+        operations = list(self.cloud._operations.items())  # another thread adds to them
+        found = [one.proto for name, one in operations if name.startswith(prefix)]
         return operations_pb2.ListOperationsResponse(operations=found)
 
     def model(self, number: int, *, answer: Answer | None = None) -> str:
@@ -185,3 +202,59 @@ class Shop:
     def deployed_ids(self) -> list[str]:
         """The ids of all deployed models, which tell a deployment from a second one of the same version."""
         return [one.id for endpoint in self.cloud.endpoints.values() for one in endpoint.deployed_models]
+
+
+@pytest.fixture
+def shop(google_cloud, monkeypatch):
+    """An endpoint's world in which nobody waits long."""
+    monkeypatch.setattr(cloud_calls, "RETRY", cloud_calls.RETRY.with_delay(0.01, 0.02).with_timeout(60.0))
+    monkeypatch.setattr(cloud_calls, "POLLING", cloud_calls.POLLING.with_delay(0.02, 0.02).with_timeout(20))
+    monkeypatch.setattr(canary, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(canary, "_PAUSE_SECONDS", 0.01)
+    return Shop(google_cloud)
+
+
+class KilledError(BaseException):
+    """As by `kill -9`: nothing catches it."""
+
+
+class Kill:
+    """Counts the answers of Google's libraries, and ends the work with one of them.
+
+    Attributes:
+      at: the number of the answer to end with; None for none.
+      count: answers until now.
+    """
+
+    def __init__(self, monkeypatch):
+        self.at, self.count, self.on_answer = None, 0, lambda: None
+        call = _GapicCallable.__call__
+
+        def counting(callable_, *arguments, **options):
+            answer = call(callable_, *arguments, **options)
+            self.count += 1
+            self.on_answer()
+            if self.count == self.at:
+                raise KilledError
+            return answer
+
+        monkeypatch.setattr(_GapicCallable, "__call__", counting)
+
+    def start(self, at=None):
+        self.at, self.count, self.on_answer = at, 0, lambda: None
+
+    def find_changes(self, cloud, command):
+        """Runs a command; returns the numbers of the answers after which something was changed, and of the first one."""
+        found, known = [1], len(changes(cloud))
+        self.start()
+
+        def on_answer():
+            nonlocal known
+            if (now := len(changes(cloud))) > known:
+                found.append(self.count)
+                known = now
+
+        self.on_answer = on_answer
+        command()
+        self.start()
+        return found
