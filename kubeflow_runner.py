@@ -82,10 +82,11 @@ def _compile(config: Any) -> str | None:
 
     from pipeline.parameters import parameter_values
     from pipeline.pipeline import create_pipeline
-    from pipeline.vertex import beam_args, require_settings
+    from pipeline.vertex import beam_args, require_name, require_settings
 
     engine, name = config.engine, config.pipeline_name
     require_settings(config.vertex, engine)
+    require_name(name)
     records = _records(config)
     bucket = config.vertex.bucket.rstrip("/")
     pipeline_root = f"{bucket}/pipeline_root/{name}"

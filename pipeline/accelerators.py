@@ -14,6 +14,7 @@ from collections.abc import Mapping
 # Number of virtual CPUs of an N1 machine -> lowest number of GPUs that Vertex AI attaches, by type; all up to the highest.
 _N1_HIGHEST = {"NVIDIA_TESLA_T4": 4, "NVIDIA_TESLA_P4": 4, "NVIDIA_TESLA_P100": 4, "NVIDIA_TESLA_V100": 8}
 _N1_LOWEST = {16: 1, 32: 2, 64: 4, 96: 4}  # of machines up to so many virtual CPUs; twice as many of V100 from 16 on
+_N1_COUNTS = (1, 2, 4, 8)
 _N1 = re.compile(r"n1-(standard|highmem|highcpu)-(\d+)")
 
 # Machines that bring their GPUs with them: name -> type and number.
@@ -86,8 +87,8 @@ def accelerator_problem(machine_type: str, accelerator_type: str, accelerator_co
         )
     if not accelerator_type:
         return ""
-    if accelerator_type not in ACCELERATOR_TYPES:
-        return f"Expected a GPU that Vertex AI has: {', '.join(ACCELERATOR_TYPES)}. Received: {accelerator_type!r}. Take one."
+    if problem := _type_problem(accelerator_type):
+        return problem
     if not bundled:
         counts = _n1_counts(machine_type, accelerator_type)
         if not counts:
@@ -101,6 +102,42 @@ def accelerator_problem(machine_type: str, accelerator_type: str, accelerator_co
                 f"Expected {', '.join(map(str, counts))} of {accelerator_type} on {machine_type}. "
                 f"Received: {accelerator_count}. Set accelerator_count to one of these, or take another machine type."
             )
+    return _region_problem(accelerator_type, region)
+
+
+def step_accelerator_problem(accelerator_type: str, accelerator_count: int, region: str) -> str:
+    """Says why Vertex AI would find no machine for a pipeline's step with GPUs, and what to take; empty if nothing is known.
+
+    It chooses the step's machine itself, by the GPUs, the CPUs and the memory that are asked for.
+
+    Args:
+      accelerator_type: one of `ACCELERATOR_TYPES`; empty for no GPU.
+      accelerator_count: GPUs of the step; 0 for none.
+      region: of Vertex AI.
+
+    Source: https://cloud.google.com/vertex-ai/docs/pipelines/machine-types
+    """
+    if not accelerator_type:
+        return ""
+    if problem := _type_problem(accelerator_type):
+        return problem
+    counts = [count for count in _N1_COUNTS if count <= _N1_HIGHEST.get(accelerator_type, 0)]
+    counts = counts or sorted({count for kind, count in _BUNDLED.values() if kind == accelerator_type})
+    if accelerator_count not in counts:
+        return (
+            f"Expected {', '.join(map(str, counts))} of {accelerator_type}, as machines have them. "
+            f"Received: {accelerator_count}. Set accelerator_count to one of these."
+        )
+    return _region_problem(accelerator_type, region)
+
+
+def _type_problem(accelerator_type: str) -> str:
+    if accelerator_type in ACCELERATOR_TYPES:
+        return ""
+    return f"Expected a GPU that Vertex AI has: {', '.join(ACCELERATOR_TYPES)}. Received: {accelerator_type!r}. Take one."
+
+
+def _region_problem(accelerator_type: str, region: str) -> str:
     regions = _REGIONS.get(accelerator_type)
     if regions and region not in regions:
         return (
@@ -121,4 +158,4 @@ def _n1_counts(machine_type: str, accelerator_type: str) -> list[int]:
         return []
     if accelerator_type == "NVIDIA_TESLA_V100" and cpus >= 16:
         lowest *= 2
-    return [count for count in (1, 2, 4, 8) if lowest <= count <= _N1_HIGHEST[accelerator_type]]
+    return [count for count in _N1_COUNTS if lowest <= count <= _N1_HIGHEST[accelerator_type]]

@@ -14,6 +14,7 @@ ARTIFACT_IMAGE = re.compile(
     r"(?P<location>[a-z0-9-]+)-docker\.pkg\.dev/(?P<project>[^/]+)/(?P<repository>[^/]+)/(?P<name>[^:@]+)"
     r"(:(?P<tag>[\w.-]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
+_USER_ACCOUNT = re.compile(r"(?P<name>[^@]+)@(?P<project>[^.@]+)\.iam\.gserviceaccount\.com")  # that somebody created
 _RUN_PERMISSIONS = [f"aiplatform.pipelineJobs.{verb}" for verb in ("create", "get", "list", "cancel")]
 # Role -> others that hold it too. The basic roles hold all of them, those of objects by a new bucket's own policy.
 _AIPLATFORM, STORAGE_ROLE, REGISTRY_ROLE = "roles/aiplatform.user", "roles/storage.objectAdmin", "roles/artifactregistry.reader"
@@ -65,22 +66,51 @@ def _steps_account(cloud: Cloud, config: Config) -> str:
 def check_service_account(cloud: Cloud, config: Config) -> Iterator[Finding]:
     """Checks that the account of the steps is there, and that whoever runs the pipeline may use it."""
     account = _steps_account(cloud, config)
-    permission = "iam.serviceAccounts.actAs"
-    path = f"/v1/projects/-/serviceAccounts/{quoted(account)}:testIamPermissions"
-    try:
-        answer = cloud.post("iam", path, {"permissions": [permission]})
-    except RefusedError as error:
-        if error.status != 404:
-            raise
-        name, _, domain = account.partition("@")
-        create = f"gcloud iam service-accounts create {name} --project={domain.partition('.')[0]}"
-        yield Finding("missing", f"{account} is not there. Create it: {create}")
-        return
-    if permission in answer.get("permissions", []):
+    path = _account_path(account, config)
+    if _may_act_as(cloud, path):
         yield Finding("ok", f"{account}, which you may let steps act as")
+        return
+    member = member_name(cloud.account)
+    bind = f"gcloud iam service-accounts add-iam-policy-binding {account} --role={_ACT_AS} --member={member}"
+    try:
+        is_there = cloud.find("iam", path) is not None
+    except RefusedError as error:
+        if error.disabled_service or error.status != 403:
+            raise
+        text = f"{account} is not there, or you may not let steps act as it; Google Cloud does not tell which. "
+        show = f"gcloud iam service-accounts list --project={config.vertex.project}"
+        yield Finding("missing", f"{text}Those that are there: {show}. Give: {bind}")
+        return
+    if is_there:
+        yield Finding("missing", f"you may not let steps act as {account}. Give: {bind}")
+    elif match := _USER_ACCOUNT.fullmatch(account):
+        create = f"gcloud iam service-accounts create {match['name']} --project={match['project']}"
+        yield Finding("missing", f"{account} is not there. Create it: {create}")
     else:
-        bind = f"gcloud iam service-accounts add-iam-policy-binding {account} --role={_ACT_AS}"
-        yield Finding("missing", f"you may not let steps act as {account}. Give: {bind} --member={member_name(cloud.account)}")
+        yield Finding("missing", f"{account} is not there. Set `vertex.service_account` to one that is")
+
+
+def _account_path(account: str, config: Config) -> str:
+    """The path of an account in the IAM API.
+
+    Where the e-mail does not tell the project, Google Cloud finds it, but says 403 and not 404 of an account that is not there.
+
+    Source: https://cloud.google.com/iam/docs/reference/rest/v1/projects.serviceAccounts/get
+    """
+    match = _USER_ACCOUNT.fullmatch(account)
+    project = match["project"] if match else "-" if config.vertex.service_account else config.vertex.project
+    return f"/v1/projects/{quoted(project)}/serviceAccounts/{quoted(account)}"
+
+
+def _may_act_as(cloud: Cloud, path: str) -> bool:
+    permission = "iam.serviceAccounts.actAs"
+    try:
+        answer = cloud.post("iam", f"{path}:testIamPermissions", {"permissions": [permission]})
+    except RefusedError as error:
+        if error.disabled_service or error.status not in (403, 404):
+            raise
+        return False
+    return permission in answer.get("permissions", [])
 
 
 def check_roles(cloud: Cloud, config: Config) -> Iterator[Finding]:
@@ -99,27 +129,35 @@ def check_roles(cloud: Cloud, config: Config) -> Iterator[Finding]:
         needed.append(REGISTRY_ROLE)
     policy_request = {"options": {"requestedPolicyVersion": 3}}
     policies = [cloud.post("cloudresourcemanager", f"/v3/projects/{quoted(vertex.project)}:getIamPolicy", policy_request)]
-    narrower: list[Callable[[], dict[str, Any]]] = [
-        lambda: cloud.get("storage", f"/storage/v1/b/{bucket_name(config)}/iam"),
-        lambda: cloud.post("iam", f"/v1/projects/-/serviceAccounts/{quoted(account)}:getIamPolicy", {}),
-    ]
+    narrower: dict[str, Callable[[], dict[str, Any]]] = {
+        STORAGE_ROLE: lambda: cloud.get("storage", f"/storage/v1/b/{bucket_name(config)}/iam"),
+        _ACT_AS: lambda: cloud.post("iam", f"{_account_path(account, config)}:getIamPolicy", {}),
+    }
     if image:
-        narrower.append(lambda: cloud.get("artifactregistry", f"/v1/{repository_name(image)}:getIamPolicy"))
-    for read in narrower:
+        narrower[REGISTRY_ROLE] = lambda: cloud.get("artifactregistry", f"/v1/{repository_name(image)}:getIamPolicy")
+    hidden = set()
+    for role, read in narrower.items():
         try:
             policies.append(read())
-        except RefusedError:  # what is not known there may still be given on the project
-            continue
+        except RefusedError as error:  # what is not known there may still be given on the project
+            if error.status != 404:
+                hidden.add(role)
     member = f"serviceAccount:{account}"
     given = {one["role"] for policy in policies for one in policy.get("bindings", []) if member in one.get("members", [])}
-    lacking = [role for role in needed if not given & {role, *_HOLDERS.get(role, ()), *_BASIC_ROLES}]
-    if lacking:
+    not_seen = [role for role in needed if not given & {role, *_HOLDERS.get(role, ()), *_BASIC_ROLES}]
+    if lacking := [role for role in not_seen if role not in hidden]:
         yield Finding(
             "missing",
             f"{account} has no {', '.join(lacking)} (one that it has by a group or folder is not seen here). "
             f"{_grant(vertex.project, member, *lacking)}",
         )
-    else:
+    if unknown := [role for role in not_seen if role in hidden]:
+        yield Finding(
+            "unknown",
+            f"{account} has no {', '.join(unknown)} on the project, and you may not see whether it has on the bucket, on the "
+            f"registry or on itself. If not: {_grant(vertex.project, member, *unknown)}",
+        )
+    if not not_seen:
         yield Finding("ok", ", ".join(needed))
 
 

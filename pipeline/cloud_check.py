@@ -16,7 +16,6 @@ from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT
 from data.features import LABELS_FILE, SCHEMA_FILE, SCHEMA_FOLDER, TRAIN_SPLIT
 from pipeline.cloud_access import (
     ARTIFACT_IMAGE,
-    REGISTRY_ROLE,
     STORAGE_ROLE,
     bucket_name,
     check_permissions,
@@ -30,11 +29,12 @@ from pipeline.cloud_quota import Quota, dataflow_quotas, vertex_quotas
 from pipeline.cloud_rest import Cloud, Finding, NoCredentialsError, RefusedError, UnreachableError, quoted
 from pipeline.config import Config
 from pipeline.console import output_to_log
-from pipeline.vertex import require_settings, serving_image
+from pipeline.vertex import require_name, require_settings, serving_image
 
 _MARKS = {"ok": "[green]ok     [/]", "missing": "[red]missing[/]", "unknown": "[yellow]unknown[/]", "note": "[dim]note   [/]"}
 _PUBLIC_IMAGES = "vertex-ai"  # project of Vertex AI's own containers, which anyone may pull
 _MULTI_REGIONS = {"us": "us-", "eu": "europe-", "asia": "asia-"}  # of a bucket, and how the names of their regions begin
+_BUCKET_ROLE = "roles/storage.legacyBucketReader"  # the least that has storage.buckets.get
 _BUCKET_PERMISSIONS = [f"storage.objects.{verb}" for verb in ("create", "get", "list", "delete")]
 
 
@@ -51,6 +51,7 @@ def check_cloud(config: Config) -> int:
       InputError: if a setting is missing or impossible, as when the pipeline is compiled.
     """
     require_settings(config.vertex, config.engine)
+    require_name(config.pipeline_name)
     terminal_options = {"force_terminal": Console().is_terminal, "width": Console().width}  # asked before output is redirected
     # Google's libraries warn of each thing that is not there, which is what is to be found out.
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log, output_to_log(Path(log.name)) as terminal:
@@ -153,28 +154,35 @@ def _check_apis(cloud: Cloud, config: Config) -> Iterator[Finding]:
 def _check_bucket(cloud: Cloud, config: Config) -> Iterator[Finding]:
     name, region, project = bucket_name(config), config.vertex.region, config.vertex.project
     on_project = f" --project={project}" if project else ""
-    bucket = cloud.find("storage", f"/storage/v1/b/{quoted(name)}", fields="location,locationType")
-    if bucket is None:
+    path = f"/storage/v1/b/{quoted(name)}/iam/testPermissions"
+    answer = cloud.find("storage", path, permissions=_BUCKET_PERMISSIONS)  # which anyone may ask for
+    if answer is None:
         create = f"gcloud storage buckets create gs://{name} --location={region} --uniform-bucket-level-access{on_project}"
         yield Finding("missing", f"gs://{name} is not there. Create it: {create}")
         return
-    location = bucket["location"].lower()
-    if config.engine == "vertex" and location != region:
-        is_around = location in _MULTI_REGIONS and region.startswith(_MULTI_REGIONS[location])
-        if is_around or bucket.get("locationType") == "dual-region":
-            yield Finding("note", f"gs://{name} is in {location}, the run in {region}; a bucket of that region costs less")
-        else:
-            yield Finding("missing", f"gs://{name} is in {location}, the run in {region}. Take a bucket or a region that fit")
-    else:
-        yield Finding("ok", f"gs://{name} in {location}")
-    path = f"/storage/v1/b/{quoted(name)}/iam/testPermissions"
-    answer = cloud.get("storage", path, permissions=_BUCKET_PERMISSIONS)
+    bind = f"gcloud storage buckets add-iam-policy-binding gs://{name} --member={member_name(cloud.account)} --role="
+    try:
+        yield _location_finding(cloud, config)
+    except RefusedError as error:
+        if error.status != 403:
+            raise
+        yield Finding("unknown", f"you may not ask where gs://{name} is. Give: {bind}{_BUCKET_ROLE}")
     if lacking := sorted(set(_BUCKET_PERMISSIONS) - set(answer.get("permissions", []))):
-        bind = f"gcloud storage buckets add-iam-policy-binding gs://{name} --role={STORAGE_ROLE}"
-        member = member_name(cloud.account)
-        yield Finding("missing", f"you lack {', '.join(lacking)} on gs://{name}. Give: {bind} --member={member}")
+        yield Finding("missing", f"you lack {', '.join(lacking)} on gs://{name}. Give: {bind}{STORAGE_ROLE}")
     else:
         yield Finding("ok", f"gs://{name} may be read and written")
+
+
+def _location_finding(cloud: Cloud, config: Config) -> Finding:
+    name, region = bucket_name(config), config.vertex.region
+    bucket = cloud.get("storage", f"/storage/v1/b/{quoted(name)}", fields="location,locationType")
+    location = bucket["location"].lower()
+    if config.engine != "vertex" or location == region:
+        return Finding("ok", f"gs://{name} in {location}")
+    is_around = location in _MULTI_REGIONS and region.startswith(_MULTI_REGIONS[location])
+    if is_around or bucket.get("locationType") == "dual-region":
+        return Finding("note", f"gs://{name} is in {location}, the run in {region}; a bucket of that region costs less")
+    return Finding("missing", f"gs://{name} is in {location}, the run in {region}. Take a bucket or a region that fit")
 
 
 def _check_records(cloud: Cloud, config: Config) -> Iterator[Finding]:
@@ -228,17 +236,8 @@ def _check_image(cloud: Cloud, name: str, image: re.Match[str]) -> Iterator[Find
         return
     if cloud.find("artifactregistry", f"/v1/{repository}/packages/{quoted(image['name'])}/{version}") is None:
         yield Finding("missing", f"{name} is not there. Build and push it: docker build -t {name} . && docker push {name}")
-        return
-    permission = "artifactregistry.repositories.downloadArtifacts"
-    answer = cloud.post("artifactregistry", f"/v1/{repository}:testIamPermissions", {"permissions": [permission]})
-    if permission in answer.get("permissions", []):
-        yield Finding("ok", f"{name} is there and may be pulled")
     else:
-        bind = (
-            f"gcloud artifacts repositories add-iam-policy-binding {image['repository']} --location={image['location']} "
-            f"--project={image['project']} --member={member_name(cloud.account)} --role={REGISTRY_ROLE}"
-        )
-        yield Finding("missing", f"{name} is there and may not be pulled. Give: {bind}")
+        yield Finding("ok", f"{name} is there")  # whether the steps may pull it is among their account's roles
 
 
 def _check_vertex_quota(cloud: Cloud, config: Config) -> Iterator[Finding]:

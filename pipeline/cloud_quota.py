@@ -67,11 +67,15 @@ def vertex_quotas(cloud: Cloud, config: VertexConfig) -> Iterator[Quota]:
         yield _vertex_quota(cloud, config, f"training_{spot}{_gpu(config.accelerator_type)}", gpus, config.accelerator_type)
     if config.train_on == "custom_job" and (cpus := _common_cpus(config.machine_type)):
         yield _vertex_quota(cloud, config, f"training_{spot}cpus", cpus * config.num_machines, "CPUs")
-    if config.deployer != "none" and config.serving_accelerator_type:
-        copies = 2 if config.deployer == "canary" else 1
-        gpus = config.serving_accelerator_count * config.min_replicas * copies
+    if config.deployer == "none":
+        return
+    machines = config.min_replicas * (2 if config.deployer == "canary" else 1)
+    if config.serving_accelerator_type:
+        gpus = config.serving_accelerator_count * machines
         metric = f"serving_{_gpu(config.serving_accelerator_type)}"
         yield _vertex_quota(cloud, config, metric, gpus, config.serving_accelerator_type)
+    if cpus := _common_cpus(config.serving_machine_type):
+        yield _vertex_quota(cloud, config, "serving_cpus", cpus * machines, "CPUs")
 
 
 def dataflow_quotas(cloud: Cloud, config: VertexConfig) -> Iterator[Quota]:
@@ -109,7 +113,7 @@ def _vertex_quota(cloud: Cloud, config: VertexConfig, name: str, needed: int, un
     metric = f"{_SERVICE}/custom_model_{name}"
     path = f"/v1beta1/projects/{quoted(config.project)}/services/{_SERVICE}/consumerQuotaMetrics/{quoted(metric)}"
     answer = cloud.find("serviceusage", path, view="FULL")
-    available = None if answer is None else _limit(answer, config.region)  # a GPU whose quota has another name is not found
+    available = None if answer is None else _limit(answer, config.region)  # a quota that has another name is not found
     kind = name.partition("_")[0] + (" on spot machines" if "preemptible" in name else "")
     return Quota(f"{unit} of {kind}", needed, needed, available, _link(config, metric))
 

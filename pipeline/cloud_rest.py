@@ -117,7 +117,7 @@ class Cloud:
         """
         return self._ask("GET", host, path, params=query).json()
 
-    def find(self, host: str, path: str, **query: str) -> dict[str, Any] | None:
+    def find(self, host: str, path: str, **query: str | Sequence[str]) -> dict[str, Any] | None:
         """Asks for a resource that may not be there, which is None; see `get`."""
         try:
             return self.get(host, path, **query)

@@ -26,7 +26,7 @@ from models.tuner import TunerConfig
 from pipeline.components import DataGateConfig
 from pipeline.serving_check import ServingCheckConfig
 from pipeline.thresholds import EvaluationConfig
-from pipeline.vertex import Engine, VertexConfig
+from pipeline.vertex import MAX_NAME, Engine, VertexConfig
 from preprocessing.augment import AugmentationConfig
 from preprocessing.images import InputSpec, PreprocessingConfig
 
@@ -63,7 +63,8 @@ class PipelineConfig(pydantic.BaseModel):
     """The pipeline itself.
 
     Attributes:
-      name: of the pipeline and its workspace: lower case, digits and hyphens; the data's name where empty.
+      name: of the pipeline and its workspace: lower case, digits and hyphens; the data's name where empty. To be compiled for
+        Vertex AI or Kubeflow, it begins with a letter and has at most 100 characters.
       cache: reuse a component's result where nothing that it depends on has changed.
     """
 
@@ -128,7 +129,7 @@ class Config(pydantic.BaseModel):
     def pipeline_name(self) -> str:
         """The pipeline's name, as given or made of the data's."""
         stem = Path(self.data.input.rstrip("/")).name.removesuffix(".csv")
-        derived = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:128]
+        derived = re.sub(r"[^a-z0-9]+", "-", stem.lower())[:MAX_NAME].strip("-")
         return self.pipeline.name or derived or "images"
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ _YAML = (".yaml", ".yml")
 # Schema 2.0 has the first names, 2.1 the second; each with the key of a value in schema 2.0.
 _TYPES = {"INT": "intValue", "DOUBLE": "doubleValue", "STRING": "stringValue"}
 _NEW_TYPES = {"NUMBER_INTEGER": "INT", "NUMBER_DOUBLE": "DOUBLE", "STRING": "STRING"}
+# Where the JSON of the Trainer and the deployers has project and region; keys of TFX, which takes seconds to load.
+_PLACES = {
+    ("project",): "project",
+    ("region",): "region",
+    ("ai_platform_vertex_region",): "region",
+    ("ai_platform_training_args", "project"): "project",
+    ("ai_platform_serving_args", "project_id"): "project",
+}
 _CREATE_TRIES = 4
 _INTEGER = re.compile(r"[+-]?\d+")
 
@@ -129,14 +137,9 @@ def check_place(job: CompiledJob, *, project: str, region: str, bucket: str) -> 
     Raises:
       InputError: if it was compiled for another place.
     """
-    compiled: dict[str, str] = {}
-    for executor in job.content["pipelineSpec"].get("deploymentSpec", {}).get("executors", {}).values():
-        for argument in executor.get("container", {}).get("args", []):
-            name, _, value = argument.partition("=")
-            if name in ("--project", "--region"):
-                compiled[name.removeprefix("--")] = value
     wanted = {"project": project, "region": region}
-    different = [name for name, value in compiled.items() if value != wanted[name]]
+    compiled = {name: value for name, value in _compiled_places(job) if value != wanted[name]}
+    different = list(compiled)
     if bucket and not f"{job.pipeline_root}/".startswith(f"{bucket.rstrip('/')}/"):
         different.append("bucket")
         compiled["bucket"], wanted["bucket"] = job.pipeline_root, bucket
@@ -145,6 +148,34 @@ def check_place(job: CompiledJob, *, project: str, region: str, bucket: str) -> 
             f"Expected {' and '.join(f'{name} {compiled[name]}' for name in different)}, which {job.path} was compiled for. "
             f"Received: {', '.join(wanted[name] for name in different)}. Compile it again with these settings."
         )
+
+
+def _compiled_places(job: CompiledJob) -> Iterator[tuple[str, str]]:
+    """Yields `project` or `region` with its value, from each place of the job that has it: Beam, training, deployment."""
+    spec = job.content["pipelineSpec"]
+    for executor in spec.get("deploymentSpec", {}).get("executors", {}).values():
+        for argument in executor.get("container", {}).get("args", []):
+            name, _, value = argument.partition("=")
+            if name in ("--project", "--region"):
+                yield name.removeprefix("--"), value
+    for task in spec["root"].get("dag", {}).get("tasks", {}).values():
+        for parameter in ("config", "custom_config"):
+            settings = _constant(task, parameter)
+            for keys, name in _PLACES.items():
+                value: Any = settings
+                for key in keys:
+                    value = value.get(key) if isinstance(value, Mapping) else None
+                if isinstance(value, str):
+                    yield name, value
+
+
+def _constant(task: Mapping[str, Any], parameter: str) -> Any:
+    """The value of a task's parameter that is JSON, compiled in; None for none."""
+    value = task.get("inputs", {}).get("parameters", {}).get(parameter, {}).get("runtimeValue", {})
+    try:
+        return json.loads(value.get("constantValue", {}).get("stringValue") or value.get("constant") or "null")
+    except ValueError:
+        return None
 
 
 def read_parameters(job: CompiledJob, assignments: Sequence[str]) -> dict[str, str | int | float]:

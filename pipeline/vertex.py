@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pydantic
 
 from data.errors import InputError
-from pipeline.accelerators import accelerator_problem
+from pipeline.accelerators import accelerator_problem, step_accelerator_problem
 
 Engine = Literal["vertex", "kubeflow"]
 
@@ -18,6 +18,10 @@ PREBUILT_SERVING_IMAGE = (
 )
 PREBUILT_GPU_SERVING_IMAGE = "us-docker.pkg.dev/vertex-ai/prediction/tf2-gpu.2-15:latest"
 SERVER_COMMAND = ("python", "-m", "models.server")
+# Of a compiled pipeline: a run's id has at most 128, and up to 22 are added to the name, by the SDK ("cloned-", "-" and a
+# time of 14 digits) or by `pipeline.submission`.
+MAX_NAME = 100
+_NAME = re.compile(rf"[a-z][a-z0-9-]{{0,{MAX_NAME - 1}}}")
 _KUBERNETES_GPU = "nvidia.com/gpu"
 _LABEL_KEY = r"[a-z][a-z0-9_-]{0,62}"
 _LABEL_VALUE = r"[a-z0-9_-]{0,63}"
@@ -47,7 +51,7 @@ class VertexConfig(pydantic.BaseModel):
       num_machines: of the custom job; several train together, synchronously.
       disk_gb: boot disk of a machine, in gigabytes.
       spot: machines that cost less and may be taken away; the training then goes on from its last checkpoint.
-      timeout_hours: after which the custom job is ended; with `spot` also the longest wait for a machine.
+      timeout_hours: of running, after which the custom job is ended; the wait for a machine is Vertex AI's matter.
       tensorboard: Vertex AI TensorBoard instance, projects/P/locations/L/tensorboards/ID; wants a service account.
       dataflow: run Beam steps on Dataflow, else inside of their steps; empty for Dataflow on Vertex AI only.
       dataflow_max_workers: workers that a Beam step may grow to.
@@ -198,6 +202,19 @@ def require_settings(config: VertexConfig, engine: Engine = "vertex") -> None:
         _check_accelerators(config)
 
 
+def require_name(pipeline_name: str) -> None:
+    """Checks that runs can be named after a compiled pipeline.
+
+    Raises:
+      InputError: if they cannot.
+    """
+    if not _NAME.fullmatch(pipeline_name):
+        raise InputError(
+            f"Expected the name of a compiled pipeline to begin with a letter and to have at most {MAX_NAME} characters, as "
+            f"its runs are named after it. Received: {pipeline_name!r}. Set `pipeline.name`, or TFX_VISION_PIPELINE__NAME."
+        )
+
+
 def _require_of_kubeflow(config: VertexConfig) -> None:
     if config.deployer != "none" and "deployer" in config.model_fields_set:
         raise InputError(
@@ -219,6 +236,9 @@ def _check_accelerators(config: VertexConfig) -> None:
         kind, count = getattr(config, f"{prefix}accelerator_type"), getattr(config, f"{prefix}accelerator_count")
         if problem := accelerator_problem(machine_type, kind, count, config.region):
             raise InputError(f"In `vertex.{prefix}machine_type`: {problem}")
+    problem = step_accelerator_problem(config.accelerator_type, config.accelerator_count, config.region)
+    if problem and config.train_on == "pipeline_step":
+        raise InputError(f"In `vertex.accelerator_type`: {problem}")
 
 
 def training_job(config: VertexConfig) -> dict[str, Any]:
@@ -242,10 +262,10 @@ def training_job(config: VertexConfig) -> dict[str, Any]:
     pools = [pool]
     if config.num_machines > 1:
         pools.append(pool | {"replica_count": config.num_machines - 1, "container_spec": {"image_uri": config.image}})
-    seconds = {"seconds": round(config.timeout_hours * 3600)}
-    scheduling: dict[str, Any] = {"timeout": seconds, "restart_job_on_worker_restart": config.spot}
+    timeout = {"seconds": round(config.timeout_hours * 3600)}
+    scheduling: dict[str, Any] = {"timeout": timeout, "restart_job_on_worker_restart": config.spot}
     if config.spot:
-        scheduling |= {"strategy": "SPOT", "max_wait_duration": seconds}
+        scheduling["strategy"] = "SPOT"
     spec: dict[str, Any] = {"worker_pool_specs": pools, "scheduling": scheduling}
     if config.service_account:
         spec["service_account"] = config.service_account

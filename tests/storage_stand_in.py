@@ -31,7 +31,8 @@ class StorageStandIn:
     """The buckets of one stand-in.
 
     Attributes:
-      permissions: what `test_iam_permissions` grants on each bucket; all that is asked for where a bucket has no entry.
+      permissions: what the caller has on each bucket, as far as the bucket itself, its policy and `test_iam_permissions` go;
+        everything where a bucket has no entry.
       locations: of each bucket that there is.
       fault: an answer that every request gets in place of its own, as `HttpsAnswer.error(403, "no access")`.
     """
@@ -113,10 +114,13 @@ class StorageStandIn:
         if parts[1:] == ["iam", "testPermissions"]:
             asked = set(urllib.parse.parse_qs(request.query).get("permissions", []))
             return HttpsAnswer(body={"permissions": sorted(asked & self.permissions.get(name, asked))})
-        if parts[1:] == ["iam"]:
-            return HttpsAnswer(body={"version": 1, "bindings": [], "etag": "CAE="})
         if parts[1:] == ["o"]:
             return self._list(request, name)
+        permission = "storage.buckets.getIamPolicy" if parts[1:] == ["iam"] else "storage.buckets.get"
+        if permission not in self.permissions.get(name, {permission}):
+            return HttpsAnswer.error(403, f"Permission '{permission}' denied on resource (or it may not exist).")
+        if parts[1:] == ["iam"]:
+            return HttpsAnswer(body={"version": 1, "bindings": [], "etag": "CAE="})
         return HttpsAnswer(body=self._bucket_metadata(name))
 
     def _bucket_metadata(self, name: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 import kubeflow_runner
 from data.errors import EXIT_DONE, EXIT_WRONG_INPUT
+from pipeline.submission import new_run_name, read_job
+from pipeline.vertex import MAX_NAME
 
 IMAGE = "us-docker.pkg.dev/my-project/images/tfx-vision:1"
 SETTINGS = {
@@ -28,6 +30,7 @@ SETTINGS = {
     "TFX_VISION_VERTEX__BUCKET": "gs://bucket",
     "TFX_VISION_VERTEX__IMAGE": IMAGE,
 }
+DIGIT_FIRST = {"TFX_VISION_PIPELINE__NAME": "", "TFX_VISION_DATA__INPUT": "gs://bucket/2024 Flowers"}  # a name from the data's
 STEPS = {
     *("ImportExampleGen", "StatisticsGen", "Schema", "ExampleValidator", "DataGate", "Transform", "TrainingParameters"),
     *("Trainer", "LatestBlessedModel-model-blessing-resolver", "LatestBlessedModel-model-resolver", "Evaluator"),
@@ -178,6 +181,22 @@ def test_job_loads_in_the_client_of_vertex(created: Path) -> None:
     assert parameters["min_accuracy"].double_value == 0.7
 
 
+@pytest.mark.parametrize(("name", "is_taken"), [("f" * MAX_NAME, True), ("f" * 128, False), ("2024-flowers", False)])
+def test_names_that_compile_make_ids_that_the_client_of_vertex_takes(compiled, tmp_path, name, is_taken) -> None:
+    from google.cloud import aiplatform
+
+    path = tmp_path / "pipeline.json"
+    path.write_text(json.dumps(compiled | {"pipelineSpec": compiled["pipelineSpec"] | {"pipelineInfo": {"name": name}}}))
+    settings = {"template_path": str(path), "project": "my-project", "location": "us-central1"}
+    if not is_taken:
+        with pytest.raises(ValueError, match="is illegal as a Vertex pipelines job ID"):
+            aiplatform.PipelineJob(display_name=name, credentials=AnonymousCredentials(), **settings)
+        return
+    job = aiplatform.PipelineJob(display_name=name, credentials=AnonymousCredentials(), **settings)
+    ids = [job.job_id, job.clone().job_id, new_run_name(read_job(path))]
+    assert all(one.find(name) >= 0 and len(one) <= 128 for one in ids)
+
+
 def test_job_compiles_to_the_same_bytes_twice(compile_job, created: Path, tmp_path: Path) -> None:
     assert compile_job() == EXIT_DONE
     first = (tmp_path / "pipeline.json").read_bytes()
@@ -241,6 +260,10 @@ for arguments in sys.argv[1:]:
         ({"TFX_VISION_VERTEX__ACCELERATOR_TYPE": "NVIDIA_L4"}, "Expected a machine type that takes NVIDIA_L4"),
         ({"TFX_VISION_VERTEX__REGION": "europe-north1"}, "Expected a region that has NVIDIA_TESLA_T4"),
         ({"TFX_VISION_PIPELINE__NAME": "My_Flowers"}, "Expected `pipeline.name` to be valid"),
+        ({"TFX_VISION_PIPELINE__NAME": "2024-flowers"}, "Expected the name of a compiled pipeline to begin with a letter"),
+        (DIGIT_FIRST | {"TFX_VISION_ENGINE": "vertex"}, "Received: '2024-flowers'. Set `pipeline.name`"),
+        (DIGIT_FIRST | {"TFX_VISION_ENGINE": "kubeflow"}, "Received: '2024-flowers'. Set `pipeline.name`"),
+        ({"TFX_VISION_PIPELINE__NAME": "f" * 101}, "to have at most 100 characters"),
         ({"TFX_VISION_VERTEX__REGOIN": "x"}, "Did you mean `vertex.region`"),
         ({"TFX_VISION_ENGINE": "airflow"}, "Expected `engine` to be valid"),
         ({"TFX_VISION_ENGINE": "kubeflow"}, 'Expected `evaluation.compare_with = "nothing"` on Kubeflow'),

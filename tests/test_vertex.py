@@ -4,10 +4,12 @@ from google.protobuf import duration_pb2
 
 from data.errors import InputError, validate
 from pipeline.vertex import (
+    MAX_NAME,
     PREBUILT_GPU_SERVING_IMAGE,
     PREBUILT_SERVING_IMAGE,
     VertexConfig,
     beam_args,
+    require_name,
     require_settings,
     serving_args,
     serving_image,
@@ -16,6 +18,7 @@ from pipeline.vertex import (
 )
 
 COMPLETE = {"project": "p", "bucket": "gs://b/", "image": "host/image:1"}
+STEP = {"train_on": "pipeline_step"}
 
 
 def test_require_settings_takes_what_is_complete():
@@ -78,6 +81,16 @@ def test_vertex_config_refuses_what_google_would(settings, message):
         ({"region": "europe-north1"}, "In `vertex.machine_type`: Expected a region that has NVIDIA_TESLA_T4"),
         ({"region": "us-central1-a"}, "Expected `vertex.region` to be a region"),
         ({"train_on": "pipeline_step", "spot": True}, "Expected `vertex.num_machines`, `vertex.spot` and"),
+        (
+            STEP | {"accelerator_type": "NVIDIA_BANANA"},
+            "In `vertex.accelerator_type`: Expected a GPU that Vertex AI has: NVIDIA",
+        ),
+        (STEP | {"accelerator_count": 3}, "In `vertex.accelerator_type`: Expected 1, 2, 4 of NVIDIA_TESLA_T4, as machines"),
+        (
+            STEP | {"accelerator_type": "NVIDIA_B200"},
+            "In `vertex.accelerator_type`: Expected 8 of NVIDIA_B200, as machines have",
+        ),
+        (STEP | {"region": "europe-north1"}, "In `vertex.accelerator_type`: Expected a region that has NVIDIA_TESLA_T4"),
         ({"tensorboard": "projects/1/locations/l/tensorboards/2"}, "Expected `vertex.service_account` beside"),
     ],
 )
@@ -88,8 +101,42 @@ def test_require_settings_refuses_what_cannot_be(settings, message):
     assert str(caught.value).startswith(message)
 
 
-def test_require_settings_takes_gpus_that_the_table_does_not_know_when_told_so():
-    require_settings(VertexConfig(**COMPLETE, region="europe-north1", check_accelerators=False))
+@pytest.mark.parametrize("where", [{}, STEP])
+def test_require_settings_takes_gpus_that_the_table_does_not_know_when_told_so(where):
+    require_settings(VertexConfig(**COMPLETE, **where, region="europe-north1", check_accelerators=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("", 0),
+        ("NVIDIA_TESLA_T4", 4),
+        ("NVIDIA_TESLA_V100", 8),
+        ("NVIDIA_L4", 2),
+        ("NVIDIA_TESLA_A100", 16),
+        ("NVIDIA_B200", 8),
+    ],
+)
+def test_require_settings_asks_no_machine_type_of_a_step(kind, count):
+    settings = {"accelerator_type": kind, "accelerator_count": count, "machine_type": "e2-standard-4"}
+
+    require_settings(VertexConfig(**COMPLETE, **STEP, **settings))
+
+
+@pytest.mark.parametrize("name", ["f", "flowers-2024", "f" * MAX_NAME])
+def test_require_name_takes_names_that_runs_can_be_named_after(name):
+    require_name(name)
+
+
+@pytest.mark.parametrize("name", ["2024-flowers", "f" * (MAX_NAME + 1), "-flowers"])
+def test_require_name_refuses_what_no_run_can_be_named_after(name):
+    with pytest.raises(InputError) as caught:
+        require_name(name)
+
+    assert str(caught.value) == (
+        "Expected the name of a compiled pipeline to begin with a letter and to have at most 100 characters, as its runs are "
+        f"named after it. Received: {name!r}. Set `pipeline.name`, or TFX_VISION_PIPELINE__NAME."
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +205,7 @@ def test_training_job_on_spot_machines_starts_a_lost_worker_anew():
     assert scheduling.strategy == types.Scheduling.Strategy.SPOT
     assert scheduling.restart_job_on_worker_restart
     assert types.Scheduling.pb(scheduling).timeout.seconds == 5400
-    assert types.Scheduling.pb(scheduling).max_wait_duration.seconds == 5400
+    assert not types.Scheduling.pb(scheduling).HasField("max_wait_duration")  # of another strategy
 
 
 def test_training_job_logs_to_a_tensorboard_instance():
