@@ -127,10 +127,12 @@ class Variants:
             tuner = Tuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
             return self._on_its_step(tuner)
         from tfx.extensions.google_cloud_ai_platform.tuner import executor
-        from tfx.extensions.google_cloud_ai_platform.tuner.component import Tuner as VertexTuner
+
+        from pipeline.custom_job import CustomJobTuner
 
         custom_config |= self._custom_job(executor.TUNING_ARGS_KEY)
-        return VertexTuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
+        tuner = CustomJobTuner(tuner_fn="models.tuner.tuner_fn", custom_config=custom_config, **inputs)
+        return tuner.with_id(Tuner.__name__)
 
     def warm_start(self) -> Resolver:
         """Makes the resolver of the model to start from."""

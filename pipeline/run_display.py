@@ -19,7 +19,6 @@ _MARKS = {
     "reused": "[green]✓[/]",
     "failed": "[red]✗[/]",
 }
-_GATE_TASK = "DataGate"
 _PLAIN_NOTE_LOOKS = 6  # between two lines about a lost connection where there is no terminal
 
 
@@ -122,10 +121,15 @@ def _outcome(run: Run) -> list[str]:
         return lines or [f"[bold red]Failed[/] {escape(run.error or 'the service gives no reason')}"]
     if run.pushed:
         properties = run.pushed.properties
-        destination = properties.get("pushed_destination") or run.pushed.uri
-        lines = [f"[bold green]Blessed and pushed[/]: {escape(str(destination))}"]
-        if endpoint := properties.get("endpoint"):
-            lines.append(f"Endpoint  {escape(str(endpoint))}, {properties.get('traffic_percent', 100):.0f} % of its traffic")
+        destination = str(properties.get("pushed_destination") or run.pushed.uri)
+        endpoint, percent = properties.get("endpoint"), properties.get("traffic_percent", 100)
+        traffic = [f"Endpoint  {escape(str(endpoint))}, {percent:.0f} % of its traffic"] if endpoint else []
+        if not run.is_push_reused:
+            return [f"[bold green]Blessed and pushed[/]: {escape(destination)}", *traffic]
+        lines = [f"[bold green]Blessed[/], and pushed by an earlier run: {escape(destination)}"]
+        lines += [f"{line}, as that run left it" for line in traffic]
+        if not destination.startswith("gs://"):
+            lines.append("Nothing was deployed anew; `python -m pipeline.deploy status` shows what serves now.")
         return lines
     if not run.pushes:
         return ["[bold green]Succeeded[/]; this pipeline pushes no model."]
@@ -135,9 +139,9 @@ def _outcome(run: Run) -> list[str]:
 
 def _failure(task: Task) -> list[str]:
     lines = [f"[bold red]Failed[/] in {escape(task.name)}: {escape(task.error or 'the service gives no reason')}"]
-    if link := log_link(task):
-        lines.append(f"Log       {escape(link)}")
-    if task.name == _GATE_TASK:
+    if task.job:
+        lines += [f"Job       {escape(task.job)}", f"Log       {escape(log_link(task))}"]
+    if task.is_stopped_by_data:
         lines.append("It stops a run whose data breaks its schema; the log says what was found.")
     return lines
 

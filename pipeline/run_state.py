@@ -14,7 +14,7 @@ from typing import Any
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 
-from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_BLESSED
+from data.errors import EXIT_DATA_GATE, EXIT_DONE, EXIT_FAILED, EXIT_NOT_BLESSED
 
 RUN_NAME = re.compile(r"projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/pipelineJobs/(?P<run>[^/]+)")
 _CONSOLE = "https://console.cloud.google.com"
@@ -33,6 +33,10 @@ _STATES = {
 _PUSHED = "pushed"  # property of a PushedModel, 0 or 1, of TFX's Pusher and of ours
 _BLESSED = "blessed"  # property of a ModelBlessing and an InfraBlessing, 0 or 1
 _PUSHED_TYPE = "PushedModel"
+_GATE_TASK = "DataGate"
+# Vertex AI's words where a step's process ended by itself, as Python does after an exception: "The replica workerpool0-0 exited
+# with a non-zero status of 1." Where the image, the machine or the memory is at fault they are others.
+_RAISED = re.compile(r"exited with a non-zero status of 1\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,14 @@ class Task:
     error: str = ""
     job: str = ""
     outputs: tuple[Output, ...] = ()
+
+    @property
+    def is_stopped_by_data(self) -> bool:
+        """Whether this is the data gate, and it failed by what it found.
+
+        The service keeps of a step its exit status only, so that an error in the gate's own code looks the same.
+        """
+        return self.name == _GATE_TASK and self.state == "failed" and _RAISED.search(self.error) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +124,14 @@ class Run:
 
     @property
     def pushed(self) -> Output | None:
-        """The model that the run put into use, if it did."""
+        """The model that the run put into use, if it did, or that an earlier run did, see `is_push_reused`."""
         pushed = [output for task in self.tasks for output in task.outputs if output.properties.get(_PUSHED) == 1]
         return pushed[0] if pushed else None
+
+    @property
+    def is_push_reused(self) -> bool:
+        """Whether `pushed` is of the cache: what an earlier run did, and which may have been undone since."""
+        return any(task.state == "reused" and self.pushed in task.outputs for task in self.tasks)
 
     @property
     def refusals(self) -> tuple[tuple[str, Output], ...]:
@@ -131,6 +148,8 @@ class Run:
         """
         if not self.has_ended:
             return None
+        if self.state == "FAILED" and any(task.is_stopped_by_data for task in self.tasks):
+            return EXIT_DATA_GATE
         if self.state != "SUCCEEDED":
             return EXIT_FAILED
         return EXIT_DONE if self.pushed or not self.pushes else EXIT_NOT_BLESSED
@@ -156,8 +175,16 @@ class Run:
             "error": self.error,
             "refused_by": [name for name, _ in self.refusals],
             "pushed": {"uri": self.pushed.uri, **self.pushed.properties} if self.pushed else None,
+            "push_reused": self.is_push_reused,
             "tasks": [
-                {"name": task.name, "state": task.state, "seconds": task.seconds, "error": task.error, "log": log_link(task)}
+                {
+                    "name": task.name,
+                    "state": task.state,
+                    "seconds": task.seconds,
+                    "error": task.error,
+                    "job": task.job,
+                    "log": log_link(task),
+                }
                 for task in self.tasks
             ],
         }

@@ -9,7 +9,7 @@
 Project, region, service account, network and labels are those of the settings, as `kubeflow_runner.py` takes them. A run is
 Vertex AI's: it goes on whatever becomes of this command. Ten seconds where the settings are read, two where --project and
 --region are given. Exit codes: 0 done; 1 failed; 2 wrong input; 3 the run that was waited for succeeded, but its model was not
-blessed, so nothing was pushed; 130 interrupted while the run goes on.
+blessed, so nothing was pushed; 4 the data gate stopped the run that was waited for; 130 interrupted, whereupon a run goes on.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m pipeline.runs",
         description="Runs of the compiled pipeline on Vertex AI Pipelines.",
         epilog="Exit codes: 0 done; 1 failed; 2 wrong input; 3 the run succeeded, but its model was not blessed, so nothing "
-        "was pushed; 130 interrupted while the run goes on.",
+        "was pushed; 4 the data gate stopped the run; 130 interrupted, whereupon a run goes on.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     submit = _add(commands, "submit", _submit, "run a compiled job")
@@ -110,7 +110,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     listing.add_argument("--limit", type=_count, default=20, metavar="N", help="at most so many (default: %(default)s)")
     for command in (status, listing):
         command.add_argument("--json", action="store_true", help="for programs")
-    cancel = _add(commands, "cancel", _cancel, "end a run before its time")
+    cancel = _add(
+        commands,
+        "cancel",
+        _cancel,
+        "end a run before its time, and the custom jobs that train for it, known by the run's id as display name; what still "
+        "trains for a run that has ended is ended too",
+    )
     delete = _add(commands, "delete", _delete, "remove a run that has ended from the list; its artifacts stay in the bucket")
     for command in (wait, status, cancel, delete):
         command.add_argument("name", metavar="NAME", help="of the run: its id, or projects/P/locations/L/pipelineJobs/ID")
@@ -173,10 +179,18 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
     is_elsewhere = arguments.project or arguments.region or arguments.config or arguments.set
     known_as = f"{place.parent}/pipelineJobs/{run}" if is_elsewhere else run
     client = place.client()
-
-    def send() -> int:
+    try:
         with live(console, Spinner("dots", escape(f"Submitting {run}")), transient=True):
             created = create_run(client, place.parent, request, run)
+    except KeyboardInterrupt:
+        _print(
+            f"Interrupted before Vertex AI answered, so that {run} may be there or not. `python -m pipeline.runs status "
+            f"{known_as}` tells, `python -m pipeline.runs cancel {known_as}` ends it.",
+            console,
+        )
+        return _EXIT_INTERRUPTED
+
+    def follow() -> int:
         _print(f"Submitted {run}", console)
         _print(f"Console   {_read(created).console}", console)
         if arguments.wait:
@@ -184,7 +198,7 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
         _print(f"Follow it with `python -m pipeline.runs wait {known_as}`.", console)
         return EXIT_DONE
 
-    return _unless_interrupted(send, known_as, console)
+    return _unless_interrupted(follow, known_as, console)
 
 
 def _wait(arguments: argparse.Namespace, console: Console) -> int:
@@ -249,14 +263,19 @@ def _unless_interrupted(command: Callable[[], int], run: str, console: Console) 
 def _status(arguments: argparse.Namespace, console: Console) -> int:
     place, name = _named(arguments, console)
     run = _read(_get(place.client(), name, console))
+    from pipeline.training_jobs import find_training_jobs, state_of
+
+    training = [{"name": job.name, "state": state_of(job)} for job in find_training_jobs(name)]
     if arguments.json:
-        _print(json.dumps(run.to_json(), indent=2), console)
+        _print(json.dumps(run.to_json() | {"training_jobs": training}, indent=2), console)
         return EXIT_DONE
     from pipeline.run_display import print_outcome, run_table
 
     console.print(run_table(run))
     if run.has_ended:
         print_outcome(run, console)
+    for job in training:
+        _print(f"Training  {job['name']}, {job['state']}", console)
     _print(f"Console   {run.console}", console)
     return EXIT_DONE
 
@@ -294,15 +313,22 @@ def _list(arguments: argparse.Namespace, console: Console) -> int:
 
 def _cancel(arguments: argparse.Namespace, console: Console) -> int:
     from pipeline.cloud_calls import explaining, repeated
+    from pipeline.training_jobs import cancel_training_jobs
 
     place, name = _named(arguments, console)
     client = place.client()
     run = _read(_get(client, name, console))
-    if run.has_ended:
+    if not run.has_ended:
+        if run.state != "CANCELLING":
+            with explaining(f"cancel {run.short_name}"):
+                client.cancel_pipeline_job(name=name, **repeated())
+        _print(f"Cancelling {run.short_name}; `python -m pipeline.runs wait {arguments.name}` shows its end.", console)
+    # After the run, so that it asks for no further one. A run that has ended may have left one, where its step was killed.
+    jobs = cancel_training_jobs(name)
+    if run.has_ended and not jobs:
         raise InputError(f"Expected a run that goes on. Received: {run.short_name}, which has ended: {run.state.lower()}.")
-    with explaining(f"cancel {run.short_name}"):
-        client.cancel_pipeline_job(name=name, **repeated())
-    _print(f"Cancelling {run.short_name}; `python -m pipeline.runs wait {run.short_name}` shows its end.", console)
+    for job in jobs:
+        _print(f"Cancelling its training job {job}", console)
     return EXIT_DONE
 
 

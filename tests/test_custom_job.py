@@ -1,12 +1,22 @@
-"""TFX's Trainer with the real SDK against the stand-in of Vertex AI: what it asks for, and how it ends."""
+"""TFX's Trainer and Tuner with the real SDK against the stand-in of Vertex AI: what they ask for, and how they end."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import vertex_stand_in
+from conftest import ROOT
 from google.api_core import exceptions
 from google.cloud.aiplatform_v1 import types
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
 from tfx.extensions.google_cloud_ai_platform import runner
 from tfx.types import standard_artifacts
 from vertex_stand_in import VertexStandIn
@@ -30,6 +40,8 @@ SETTINGS = {
     "spot": True,
     "timeout_hours": 2,
 }
+RUN = "flowers-20260314-150926-5f3a"
+RUN_ROOT = f"gs://bucket/pipeline_root/flowers/{vertex_stand_in.PROJECT_NUMBER}/{RUN}"
 
 
 @pytest.fixture(autouse=True)
@@ -38,19 +50,24 @@ def quick(google_cloud: VertexStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_POLLING_INTERVAL_IN_SECONDS", 0.1)
 
 
-def train(**settings) -> None:
+def train() -> None:
     """Runs the Trainer's step."""
-    config = VertexConfig(**SETTINGS | settings)
     model, examples = standard_artifacts.Model(), standard_artifacts.Examples()
-    model.uri, examples.uri = "gs://bucket/pipeline_root/Trainer/model", "gs://bucket/pipeline_root/ImportExampleGen/examples"
-    custom_config = {
-        "ai_platform_enable_vertex": True,
-        "ai_platform_vertex_region": config.region,
-        "ai_platform_training_args": training_job(config),
-        "trainer": {"class_names": ["daisy", "rose"]},
-    }
-    properties = {"run_fn": "models.trainer.run_fn", "custom_config": json.dumps(custom_config)}
+    model.uri, examples.uri = f"{RUN_ROOT}/Trainer_7/model", f"{RUN_ROOT}/ImportExampleGen_1/examples"
+    properties = {"run_fn": "models.trainer.run_fn", "custom_config": custom_config("ai_platform_training_args")}
     CustomJobExecutor().Do({"examples": [examples]}, {"model": [model]}, properties)
+
+
+def custom_config(arguments_key: str) -> str:
+    config = VertexConfig(**SETTINGS)
+    return json.dumps(
+        {
+            "ai_platform_enable_vertex": True,
+            "ai_platform_vertex_region": config.region,
+            arguments_key: training_job(config),
+            "trainer": {"class_names": ["daisy", "rose"]},
+        }
+    )
 
 
 def test_trainer_asks_for_the_whole_job(google_cloud: VertexStandIn):
@@ -59,6 +76,7 @@ def test_trainer_asks_for_the_whole_job(google_cloud: VertexStandIn):
     (request,) = google_cloud.sent("CreateCustomJob")
     assert request.parent == "projects/test-project/locations/europe-west4"
     job, spec = request.custom_job, request.custom_job.job_spec
+    assert job.display_name == RUN
     assert job.labels["team"] == "vision"
     chief, workers = spec.worker_pool_specs
     assert (chief.replica_count, workers.replica_count) == (1, 2)
@@ -88,8 +106,8 @@ def test_trainer_runs_tfx_in_every_container(google_cloud: VertexStandIn):
     properties = json.loads(given["--exec-properties"])
     assert properties["run_fn"] == "models.trainer.run_fn"
     assert json.loads(properties["custom_config"])["trainer"] == {"class_names": ["daisy", "rose"]}
-    assert "gs://bucket/pipeline_root/ImportExampleGen/examples" in given["--inputs"]
-    assert "gs://bucket/pipeline_root/Trainer/model" in given["--outputs"]
+    assert f"{RUN_ROOT}/ImportExampleGen_1/examples" in given["--inputs"]
+    assert f"{RUN_ROOT}/Trainer_7/model" in given["--outputs"]
 
 
 @pytest.mark.parametrize(
@@ -150,3 +168,66 @@ def test_trainer_says_in_one_line_why_its_job_failed(google_cloud: VertexStandIn
     assert "The replica workerpool0-0 exited with a non-zero status of 1." in line
     assert "https://console.cloud.google.com/vertex-ai/locations/europe-west4/training/" in line
     assert "\n" not in line
+
+
+def test_trainer_leaves_sigterm_as_it_was(google_cloud: VertexStandIn):
+    before = signal.getsignal(signal.SIGTERM)
+
+    train()
+
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("executor", "is_answered"),
+    [("CustomJobExecutor", True), ("CustomJobTunerExecutor", False)],
+    ids=["while it waits for the job", "while it asks for the job"],
+)
+def test_step_that_is_ended_cancels_its_job(google_cloud: VertexStandIn, tmp_path: Path, executor: str, is_answered: bool):
+    is_over = threading.Event()
+    google_cloud.jobs.run_custom_job = lambda job: is_over.wait()
+    google_cloud.jobs.finish_at_once = not is_answered
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            step_command(executor, tmp_path), cwd=ROOT, env={**os.environ, **google_cloud.environment}, stderr=log, stdout=log
+        )
+    try:
+        waited_for = "GetCustomJob" if is_answered else "CreateCustomJob"
+        follow(process, lambda: google_cloud.sent(waited_for) and google_cloud.custom_jobs)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+    finally:
+        process.kill()
+        is_over.set()
+
+    output = (tmp_path / "log").read_text()
+    (job,) = google_cloud.custom_jobs.values()
+    assert job.display_name == RUN, output
+    assert job.state.name == "JOB_STATE_CANCELLED", output
+    assert code == 128 + signal.SIGTERM, output
+    assert f"SIGTERM: cancelled {job.name}" in output
+
+
+def step_command(executor: str, folder: Path) -> list[str]:
+    """Makes the command that Vertex AI Pipelines starts for a step, with what it puts in the place of `{{$}}`."""
+    output, title, function, arguments_key = {
+        "CustomJobExecutor": ("model", "tfx.Model", "run_fn", "ai_platform_training_args"),
+        "CustomJobTunerExecutor": ("best_hyperparameters", "tfx.HyperParameters", "tuner_fn", "ai_platform_tuning_args"),
+    }[executor]
+    invocation = pipeline_spec_pb2.ExecutorInput()
+    invocation.outputs.output_file = str(folder / "output.json")
+    artifact = invocation.outputs.artifacts[output].artifacts.add(name="1", uri=f"{RUN_ROOT}/Step_7/{output}")
+    artifact.type.instance_schema = f"title: {title}\ntype: object\n"
+    invocation.inputs.parameters[function].string_value = "module.function"
+    invocation.inputs.parameters["custom_config"].string_value = custom_config(arguments_key)
+    return [
+        *(sys.executable, "-m", "tfx.orchestration.kubeflow.v2.container.kubeflow_v2_run_executor"),
+        *("--executor_class_path", f"pipeline.custom_job.{executor}"),
+        *("--json_serialized_invocation_args", json_format.MessageToJson(invocation)),
+    ]
+
+
+def follow(process: subprocess.Popen, condition: Callable[[], object]) -> None:
+    while not condition():
+        assert process.poll() is None, process.args
+        time.sleep(0.05)

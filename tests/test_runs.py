@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import vertex_stand_in
 from conftest import ROOT
 from google.api_core import exceptions
-from google.cloud.aiplatform_v1 import types
+from google.cloud.aiplatform_v1 import JobServiceClient, types
 from google.protobuf import json_format
 from rich.console import Console
 from vertex_stand_in import Fault, VertexStandIn
@@ -93,6 +94,22 @@ def put_out(cloud: VertexStandIn, run: str, task: str, properties: dict[str, Any
     artifact = types.Artifact(uri=uri, metadata=properties)
     detail.outputs = {"output": types.PipelineTaskDetail.ArtifactList(artifacts=[artifact])}
     job.job_detail.task_details = details
+
+
+def train(cloud: VertexStandIn, run: str, *, state: str = "RUNNING") -> str:
+    """Makes a training job as the step of a run does; returns its name."""
+    machine = types.MachineSpec(machine_type="n1-standard-8")
+    pool = types.WorkerPoolSpec(machine_spec=machine, replica_count=1, container_spec=types.ContainerSpec(image_uri="image:1"))
+    job = types.CustomJob(display_name=run, job_spec=types.CustomJobSpec(worker_pool_specs=[pool]))
+    client = JobServiceClient(client_options={"api_endpoint": "us-central1-aiplatform.googleapis.com"})
+    cloud.jobs.run_custom_job = None
+    name = client.create_custom_job(parent=f"projects/{cloud.project}/locations/us-central1", custom_job=job).name
+    cloud.jobs.move(cloud.custom_jobs[name], state)
+    return name
+
+
+def training_state(cloud: VertexStandIn, job: str) -> str:
+    return cloud.custom_jobs[job].state.name.removeprefix("JOB_STATE_")
 
 
 # What is sent.
@@ -247,6 +264,25 @@ def test_submit_and_wait_ends_as_the_run_does(here, capfd):
     assert "Blessed and pushed: model@2" in capfd.readouterr().out
 
 
+def test_submit_that_is_interrupted_before_the_answer_says_that_the_run_may_be_there(here, compiled):
+    is_over = threading.Event()
+    here.pipelines.run_pipeline_job = lambda job: is_over.wait()
+    here.pipelines.finish_at_once = True  # the answer to its creation comes when it has ended
+    process = run_in_a_process(here, "submit", "--name", "flowers-1", cwd=compiled.parent)
+    try:
+        follow(here, lambda: here.pipeline_jobs or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        is_over.set()
+
+    assert process.returncode == 130, error
+    assert "Interrupted before Vertex AI answered, so that flowers-1 may be there or not." in out
+    assert "`python -m pipeline.runs status flowers-1` tells" in out
+    assert "the run goes on" not in out
+
+
 # The compiled file.
 
 
@@ -316,6 +352,33 @@ def test_wait_ends_with_zero_where_a_model_was_pushed(google_cloud, run, capfd):
     assert "Endpoint  e, 10 % of its traffic" in out
 
 
+@pytest.mark.parametrize(
+    ("properties", "lines"),
+    [
+        (
+            {"pushed_destination": f"{PLACE}/models/1@2", "endpoint": "e", "traffic_percent": 100.0},
+            [
+                f"Blessed, and pushed by an earlier run: {PLACE}/models/1@2",
+                "Endpoint  e, 100 % of its traffic, as that run left it",
+                "Nothing was deployed anew; `python -m pipeline.deploy status` shows what serves now.",
+            ],
+        ),
+        ({"pushed_destination": "gs://b/models/2"}, ["Blessed, and pushed by an earlier run: gs://b/models/2"]),
+    ],
+    ids=["endpoint", "bucket"],
+)
+def test_wait_says_of_a_reused_push_that_an_earlier_run_made_it(google_cloud, run, capfd, properties, lines):
+    put_out(google_cloud, run, "Evaluator", {"blessed": 1.0}, uri="gs://b/blessing")
+    put_out(google_cloud, run, "Pusher", {"pushed": 1.0} | properties, uri="gs://b/pushed")
+    google_cloud.pipelines.set_task(run, "Pusher", "SKIPPED")
+    google_cloud.pipelines.set_pipeline(run, "SUCCEEDED")
+
+    assert main(["wait", run, *HERE]) == 0
+    assert capfd.readouterr().out.splitlines()[-len(lines) :] == lines
+    assert main(["status", run, *HERE, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["push_reused"] is True
+
+
 def test_wait_ends_with_three_where_the_model_was_not_blessed(google_cloud, run, capfd):
     put_out(google_cloud, run, "Evaluator", {"blessed": 0.0}, uri="gs://b/blessing")
     put_out(google_cloud, run, "ServingCheck", {"blessed": 1.0}, uri="gs://b/infra")
@@ -339,15 +402,37 @@ def test_wait_does_not_believe_in_a_push_without_word_of_it(google_cloud, run, c
 def test_wait_names_the_step_that_failed_with_its_message_and_its_log(google_cloud, run, capfd):
     google_cloud.pipelines.set_task(run, "ImportExampleGen", "SUCCEEDED")
     job = f"{PLACE}/customJobs/77"
-    google_cloud.pipelines.set_task(run, "DataGate", "FAILED", error="exited with a\nnon-zero status", custom_job=job)
+    google_cloud.pipelines.set_task(run, "Transform", "FAILED", error="exited with a\nnon-zero status of 1.", custom_job=job)
     google_cloud.pipelines.set_pipeline(run, "FAILED", error="The DAG failed")
 
     assert main(["wait", run, *HERE]) == 1
     out = capfd.readouterr().out
-    assert "Failed in DataGate: exited with a non-zero status\n" in out
+    assert f"Failed in Transform: exited with a non-zero status of 1.\nJob       {job}\nLog       https://" in out
     assert f"https://console.cloud.google.com/logs/viewer?project={vertex_stand_in.PROJECT_NUMBER}&resource=ml_job" in out
     assert "job_id%3D%2277%22" in out
-    assert "It stops a run whose data breaks its schema" in out
+    assert "It stops a run whose data breaks its schema" not in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("The replica workerpool0-0 exited with a non-zero status of 1. To find out more, see its logs.", 4),
+        ("The replica workerpool0-0 exited with a non-zero status of 137. Termination reason: OOMKilled.", 1),
+        ("The following quota metrics exceed quota limits: aiplatform.googleapis.com/custom_model_training_cpus", 1),
+        ("", 1),
+    ],
+    ids=["raised", "killed", "quota", "no word"],
+)
+def test_wait_ends_with_four_where_the_data_gate_itself_stopped_the_run(google_cloud, run, capfd, error, code):
+    google_cloud.pipelines.set_task(run, "DataGate", "FAILED", error=error)
+    google_cloud.pipelines.set_pipeline(run, "FAILED", error="The DAG failed")
+
+    assert main(["wait", run, *HERE]) == code
+    out = capfd.readouterr().out
+    assert "Failed in DataGate" in out
+    assert ("It stops a run whose data breaks its schema" in out) == (code == 4)
+    assert main(["status", run, *HERE, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["exit_code"] == code
 
 
 def test_wait_gives_the_run_s_own_error_where_no_step_has_one(google_cloud, run, capfd):
@@ -405,9 +490,13 @@ def test_wait_that_is_interrupted_leaves_the_run_running(google_cloud, run):
 
 
 def wait_in_a_process(cloud: VertexStandIn, run: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipeline.runs", "wait", f"{PLACE}/pipelineJobs/{run}", "--interval", "0.05"]
-    environment = {**os.environ, **cloud.environment}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return run_in_a_process(cloud, "wait", f"{PLACE}/pipelineJobs/{run}", "--interval", "0.05", cwd=ROOT)
+
+
+def run_in_a_process(cloud: VertexStandIn, *arguments: str, cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipeline.runs", *arguments]
+    environment = {**os.environ, **cloud.environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def follow(cloud: VertexStandIn, condition: Callable[[], bool]) -> None:
@@ -463,6 +552,8 @@ def test_duration_is_as_a_person_says_it(seconds, text):
 def test_status_shows_a_run_once(google_cloud, run, capfd):
     google_cloud.pipelines.set_task(run, "Schema", "SUCCEEDED")
     google_cloud.pipelines.set_task(run, "Trainer", "RUNNING")
+    job = train(google_cloud, run)
+    train(google_cloud, "flowers-2")
 
     assert main(["status", run, *HERE]) == 0
     out = capfd.readouterr().out
@@ -471,9 +562,11 @@ def test_status_shows_a_run_once(google_cloud, run, capfd):
     assert re.search(r"· +Pusher +waiting", out)
     assert f"pipelines/runs/{run}?project=" in out
     assert len(google_cloud.sent("GetPipelineJob")) == 1
+    assert re.findall("Training .*", out) == [f"Training  {job}, running"]
 
 
 def test_status_for_programs_has_every_step(google_cloud, run, capfd):
+    job = train(google_cloud, run, state="FAILED")
     google_cloud.pipelines.set_task(run, "Trainer", "FAILED", error="boom", custom_job=f"{PLACE}/customJobs/77")
     google_cloud.pipelines.set_pipeline(run, "FAILED", error="The DAG failed")
 
@@ -483,8 +576,10 @@ def test_status_for_programs_has_every_step(google_cloud, run, capfd):
     assert (status["state"], status["exit_code"], status["error"], status["pushed"]) == ("FAILED", 1, "The DAG failed", None)
     tasks = {task["name"]: task for task in status["tasks"]}
     assert (tasks["Trainer"]["state"], tasks["Trainer"]["error"]) == ("failed", "boom")
+    assert tasks["Trainer"]["job"] == f"{PLACE}/customJobs/77"
     assert "77" in tasks["Trainer"]["log"]
-    assert tasks["Pusher"] == {"name": "Pusher", "state": "not run", "seconds": None, "error": "", "log": ""}
+    assert tasks["Pusher"] == {"name": "Pusher", "state": "not run", "seconds": None, "error": "", "job": "", "log": ""}
+    assert status["training_jobs"] == [{"name": job, "state": "failed"}]
 
 
 def test_status_of_a_running_run_has_no_exit_code(google_cloud, run, capfd):
@@ -529,6 +624,53 @@ def test_cancel_ends_a_run_and_refuses_one_that_has_ended(google_cloud, run, cap
     assert job_of(google_cloud, run).state.name == "PIPELINE_STATE_CANCELLED"
     assert main(["cancel", run, *HERE]) == 2
     assert f"Expected a run that goes on. Received: {run}, which has ended: cancelled." in capfd.readouterr().err
+
+
+def test_cancel_ends_what_trains_for_the_run_and_nothing_else(google_cloud, run, capfd):
+    going_on = [train(google_cloud, run), train(google_cloud, run, state="PENDING")]
+    others = [train(google_cloud, "flowers-2"), train(google_cloud, run, state="SUCCEEDED")]
+
+    assert main(["cancel", run, *HERE]) == 0
+
+    out = capfd.readouterr().out
+    assert set(re.findall("Cancelling its training job (.*)", out)) == set(going_on)
+    assert [training_state(google_cloud, job) for job in going_on] == ["CANCELLED", "CANCELLED"]
+    assert [training_state(google_cloud, job) for job in others] == ["RUNNING", "SUCCEEDED"]
+    cancelled = [name for name, _ in google_cloud.requests if name.startswith("Cancel")]
+    assert cancelled == ["CancelPipelineJob", "CancelCustomJob", "CancelCustomJob"]  # the run first: it could ask for more
+
+
+@pytest.mark.parametrize("method", ["ListCustomJobs", "CancelCustomJob"])
+def test_cancel_that_could_not_end_the_training_is_repeated(google_cloud, run, capfd, method):
+    job = train(google_cloud, run)
+    google_cloud.faults.append((method, exceptions.PermissionDenied("not yours")))
+
+    assert main(["cancel", run, *HERE]) == 2
+    captured = capfd.readouterr()
+    assert f"Cancelling {run}" in captured.out
+    assert captured.err.startswith("error: Expected permission to ")
+    assert "training job" in captured.err
+    assert training_state(google_cloud, job) == "RUNNING"
+
+    assert main(["cancel", run, *HERE]) == 0
+    assert capfd.readouterr().out == f"Cancelling its training job {job}\n"
+    assert training_state(google_cloud, job) == "CANCELLED"
+
+
+def test_cancel_takes_a_training_that_has_just_ended_for_done(google_cloud, run):
+    train(google_cloud, run)
+    google_cloud.faults.append(("CancelCustomJob", exceptions.FailedPrecondition("it has ended")))
+
+    assert main(["cancel", run, *HERE]) == 0
+
+
+def test_cancel_asks_only_once_for_the_end_of_a_run(google_cloud, run):
+    job = train(google_cloud, run)
+    google_cloud.pipelines.set_pipeline(run, "CANCELLING")
+
+    assert main(["cancel", run, *HERE]) == 0
+    assert not google_cloud.sent("CancelPipelineJob")
+    assert training_state(google_cloud, job) == "CANCELLED"
 
 
 def test_delete_removes_a_run_that_has_ended_only(google_cloud, run, capfd):

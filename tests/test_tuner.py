@@ -296,7 +296,7 @@ def test_tuner_is_a_custom_job_with_a_gpu_on_vertex():
     assert local.executor_spec.class_path == "tfx.components.tuner.executor.Executor"
     assert "ai_platform_tuning_args" not in json.loads(local.exec_properties["custom_config"])
     assert on_vertex.id == "Tuner"
-    assert on_vertex.executor_spec.class_path == "tfx.extensions.google_cloud_ai_platform.tuner.executor.Executor"
+    assert on_vertex.executor_spec.class_path == "pipeline.custom_job.CustomJobTunerExecutor"
     settings = json.loads(on_vertex.exec_properties["custom_config"])
     assert settings["ai_platform_enable_vertex"] is True
     assert settings["ai_platform_vertex_region"] == config.vertex.region
