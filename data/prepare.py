@@ -37,7 +37,7 @@ from typing import Any
 import apache_beam as beam
 import pydantic
 import tensorflow as tf
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
 
@@ -53,6 +53,7 @@ from data.steps import PARTS_FOLDER, RESULTS, RESULTS_SUFFIX, build_job
 logger = logging.getLogger("tfx_vision")
 
 QUARANTINE_FILE = "quarantine.json"
+MAX_COUNTED_VALUES = 20  # of an extra column, the most common first
 MIN_EVALUATED = 10  # images of a class in a split, below which its accuracy says little
 _IMAGES_PER_LISTING = 256  # the smallest piece of work that Beam gives to a worker
 _NUM_STATUS_REQUESTS = 64
@@ -97,8 +98,10 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
       SHA-256), `fingerprint`, `reused`.
 
     Raises:
-      InputError: if the source is unusable, too much of it is, or `output` exists and `overwrite` is off.
+      InputError: if the source is unusable, too much of it is, `output` exists and `overwrite` is off, or the runner's workers
+        could not reach a path.
     """
+    _check_reach([output], beam_args, received=f"--output {output!r}")
     if is_remote(output):
         return _prepare(config, output.rstrip("/"), beam_args, overwrite=overwrite)
     output = os.path.realpath(output)  # a link stays one: what it points to is replaced
@@ -109,6 +112,8 @@ def prepare(config: DataConfig, output: str, *, beam_args: Sequence[str] = (), o
 
 def _prepare(config: DataConfig, output: str, beam_args: Sequence[str], *, overwrite: bool) -> dict[str, Any]:
     source = open_source(config.input)
+    paths = itertools.chain((reference.path for reference in source.references), source.record_files)
+    _check_reach(paths, beam_args, received=f"the input {config.input!r}")
     fingerprint = _fingerprint(config, source)
     previous = read_report(output)
     needed = (LABELS_FILE, os.path.join(SCHEMA_FOLDER, SCHEMA_FILE), *(previous["shards"] if previous else ()))
@@ -208,7 +213,9 @@ def _run(config: DataConfig, source: Source, folder: str, beam_args: list[str]) 
         "warnings": [*_losses(found["tallies"]), *_warnings(config, counts, groups, facts)],
         "converted": dict(sum((Counter(tally["conversions"]) for tally in found["tallies"]), Counter())),
         "facts": facts,
-        "column_counts": {name: dict(_merge(shards, "column_counts", name).most_common(20)) for name in source.columns},
+        "column_counts": {
+            name: dict(_merge(shards, "column_counts", name).most_common(MAX_COUNTED_VALUES)) for name in source.columns
+        },
         "shards": {shard["file"]: shard["sha256"] for shard in shards},
         "schema": _digest(schema_text),
     }
@@ -343,6 +350,25 @@ def _range(counts: Counter) -> dict[str, float]:
     middle = sum(counts.values()) / 2
     seen = itertools.accumulate(counts[value] for value in values)
     return {"min": values[0], "median": next(v for v, n in zip(values, seen, strict=True) if n >= middle), "max": values[-1]}
+
+
+def _check_reach(paths: Iterable[str], beam_args: Sequence[str], *, received: str) -> None:
+    """Refuses paths of this machine where the runner's workers have other disks, before anything is paid for."""
+    options = PipelineOptions(list(beam_args))
+    runner = options.view_as(StandardOptions).runner or ""
+    name = runner.rpartition(".")[2].lower().removesuffix("runner")  # Beam too takes `flink` for FlinkRunner
+    environment = options.view_as(PortableOptions).environment_type or "DOCKER"  # as Beam has it
+    is_elsewhere = "dataflow" in name or (name in ("flink", "portable", "spark") and "docker" in environment.lower())
+    local = next((path for path in paths if not is_remote(path)), None) if is_elsewhere else None
+    if local is not None:
+        remedy = (
+            "" if "dataflow" in name else " If its workers do share the disk, say so by --environment_type=PROCESS or LOOPBACK."
+        )
+        raise InputError(
+            f"Expected images and records in a bucket, as the workers of {runner} cannot read this machine's disk. "
+            f"Received: {received}{f', with {local}' if local not in received else ''}. "
+            f"Copy them there and give gs:// paths, or leave --runner out.{remedy}"
+        )
 
 
 def _check_output(config: DataConfig, output: str, previous: dict[str, Any] | None, *, overwrite: bool) -> None:
@@ -557,7 +583,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the records in --output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
-    progress = logging.StreamHandler(sys.stdout)
+    progress, earlier_level = logging.StreamHandler(sys.stdout), logger.level
     try:
         settings = {name: value for name, value in vars(arguments).items() if name in fields}
         config = validate(DataConfig, settings)
@@ -569,6 +595,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(error, debug=arguments.debug)
     finally:
         logger.removeHandler(progress)
+        logger.setLevel(earlier_level)
     for split, counts in report["counts"].items():
         print(f"{split:>6}: " + ", ".join(f"{number} {label}" for label, number in counts.items()))
     print(

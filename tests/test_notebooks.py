@@ -12,6 +12,8 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,9 +23,12 @@ import numpy as np
 import pydantic
 import pytest
 from conftest import ROOT
-from PIL import Image
+from matplotlib import pyplot
+from PIL import Image, ImageEnhance
 
-from pipeline.config import Config
+from data.prepare import prepare
+from data.thumbnails import shrink
+from pipeline.config import Config, load_config
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -39,7 +44,6 @@ _SETTING = re.compile(r"`([a-z_]+)\.([a-z_]+)[` ]")
 
 # The commands of ours that each notebook gives flags to, also where they are for the cloud and are not run by the tests.
 COMMANDS = {
-    "02_datasets": [("data.prepare",)],
     "04_deployment_and_predictions": [
         ("local_runner",),
         ("models.server",),
@@ -172,6 +176,69 @@ def test_notebook_gives_commands_only_flags_that_they_have(name: str, capsys) ->
 def test_readme_lists_every_notebook_in_order() -> None:
     listed = [name for name in _LINK.findall((FOLDER / "README.md").read_text()) if name.endswith(".ipynb")]
     assert listed == [path.name for path in NOTEBOOKS]
+
+
+def _run_cell(name: str, code: str, **names: object) -> dict[str, object]:
+    """Runs the one cell that has the code, among the given names; returns these and those that it has made."""
+    (cell,) = [source for kind, source in _cells(FOLDER / f"{name}.ipynb") if kind == "code" and code in source]
+    exec(cell, names)
+    return names
+
+
+def test_datasets_show_each_image_under_its_whole_name(make_images, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rows = []
+    for number, path in enumerate(sorted(make_images(tmp_path / "shapes", num_per_class=15, size=64).rglob("*.*"))):
+        Image.open(path).save(photos / f"{number}.png")
+        rows.append(f"{number}.png,{path.parent.name}\n")
+    for name in ("11", "13"):  # 111.png ends with 11.png and with 1.png, which are other pictures
+        ImageEnhance.Brightness(Image.open(photos / f"{name}.png")).enhance(0.95).save(photos / f"1{name}.png")
+        rows.append(f"1{name}.png,circle\n")
+    (photos / "list.csv").write_text("".join(rows))
+    fractions = ["data.valid_fraction=0.3", "data.test_fraction=0.3"]
+    config = load_config(overrides=[*fractions, f"data.input={json.dumps(str(photos / 'list.csv'))}"])
+    report = prepare(config.data, str(tmp_path / "records"))
+    paths = {split: sorted(map(str, (tmp_path / "records").glob(f"{split}-*"))) for split in report["counts"]}
+
+    found = _run_cell("02_datasets", 'sorted(report["near_duplicates"]', config=config, report=report, paths=paths, plt=pyplot)
+    pyplot.close("all")
+
+    assert {"11.png", "13.png", "111.png", "113.png"} <= set(found["pictures"])
+    for name, picture in found["pictures"].items():
+        np.testing.assert_array_equal(picture, shrink((photos / name).read_bytes(), size=(300, 300)), name)
+
+
+def test_datasets_prepare_what_is_on_this_machine_without_dataflow(make_images, tmp_path: Path, capsys) -> None:
+    data = str(make_images(tmp_path / "shapes", num_per_class=15, size=16))
+    fractions = ["data.valid_fraction=0.3", "data.test_fraction=0.3"]
+    config = load_config(overrides=[*fractions, f"data.input={json.dumps(data)}"])
+    cloud = {"PROJECT": "project", "REGION": "region", "BUCKET": str(tmp_path), "IMAGE": "image"}
+
+    _run_cell("02_datasets", "DataflowRunner", DATA=data, config=config, prepare=prepare, **cloud)
+
+    assert (tmp_path / "records" / "labels.txt").read_text() == "circle\nsquare\n"
+    assert f"{tmp_path}/records" in capsys.readouterr().out
+
+
+def test_pipeline_is_not_submitted_after_a_failed_check(tmp_path: Path, capsys) -> None:
+    failing = [sys.executable, "-c", "raise SystemExit(2)"]
+    names = {"compile_command": failing, "subprocess": subprocess, "sys": sys, "work": tmp_path}
+
+    _run_cell("06_pipeline", '"--check"', PROJECT="project", REGION="region", **names)
+
+    # A submission would have its own line, as there is no compiled job.
+    assert re.findall("exit code .*", capsys.readouterr().out) == ["exit code 2"]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.one_stack
+@pytest.mark.parametrize("name", ["04_deployment_and_predictions", "05_explanations"])
+def test_notebook_stops_where_the_pipeline_did(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"pushed_model": "of an earlier run"}))
+
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"Expected a blessed model .* Received: exit code 2 "):
+        _execute(name, DATA="elpv", WORKSPACE=str(tmp_path), SETTINGS=["trainning.epochs=80"])
 
 
 @pytest.mark.end_to_end

@@ -408,6 +408,42 @@ def test_main_leaves_no_folder_after_a_failure_in_the_middle(images, tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [["--runner=DataflowRunner"], ["--runner", "dataflow"], ["--runner=SparkRunner"]])
+def test_main_refuses_an_output_that_the_workers_cannot_reach(tmp_path, capsys, options):
+    assert prepare.main(["--input", "gs://bucket/photos", "--output", str(tmp_path / "new/records"), "--", *options]) == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith("error: Expected images and records in a bucket, as the workers of ")
+    assert f"cannot read this machine's disk. Received: --output '{tmp_path}/new/records'. Copy them there" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # no lock and no folder either
+
+
+@pytest.mark.parametrize("kind", ["folder", "elpv", "csv", "records"])
+def test_main_refuses_images_that_the_workers_cannot_reach(images, prepared, make_csv, tmp_path, capsys, kind):
+    sources = {"folder": images, "elpv": "elpv", "csv": make_csv(tmp_path / "list.csv", images), "records": prepared}
+
+    assert _main(sources[kind], "gs://bucket/records", "--", "--runner=DataflowRunner", "--project=p") == 2
+
+    error = capsys.readouterr().err
+    assert f"as the workers of DataflowRunner cannot read this machine's disk. Received: the input '{sources[kind]}', " in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("gs://bucket/photos/1.png", ["--runner=DataflowRunner"]),  # as in a CSV on this machine, which is read here
+        ("photos/1.png", []),
+        ("photos/1.png", ["--runner=DirectRunner"]),
+        ("photos/1.png", ["--runner=FlinkRunner", "--environment_type=LOOPBACK"]),
+        ("photos/1.png", ["--runner=spark", "--environment_type=PROCESS"]),
+    ],
+)
+def test_check_reach_allows_what_the_workers_can_read(path, options):
+    prepare._check_reach([path], options, received="")
+
+
 def test_main_keeps_the_old_records_after_a_failure_in_the_middle(own_images, tmp_path):
     output = tmp_path / "records"
     assert _main(own_images, output) == 0
