@@ -591,7 +591,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.addHandler(progress)
         logger.setLevel(logging.INFO)
         report = prepare(config, arguments.output, beam_args=beam_args, overwrite=arguments.overwrite)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return report_error(error, debug=arguments.debug)
     finally:
         logger.removeHandler(progress)

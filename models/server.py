@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "AIP_HEALTH_ROUTE": "health_route",
     "AIP_PREDICT_ROUTE": "predict_route",
 }
+_ANY_HOST = ("0.0.0.0", "::", "127.0.0.1", "::1")  # which this machine reaches as localhost
 _BACKLOG = 512  # connections that the system keeps until they are accepted
 
 _logger = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ def _serve(config: ServerConfig, listener: socket.socket) -> int:
     async def run() -> None:
         watchdog = asyncio.create_task(cut_overdue_connections(server.server_state.connections))
         host, port = listener.getsockname()[:2]
-        log_event(_logger, "listening", host=host, port=port, model=config.model)
+        page = f"http://{'localhost' if host in _ANY_HOST else f'[{host}]' if ':' in host else host}:{port}/"
+        log_event(_logger, "listening", host=host, port=port, page=page, model=config.model)
         try:
             await server.serve(sockets=[listener])
         finally:

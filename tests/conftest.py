@@ -1,9 +1,12 @@
-"""Data that the tests make: small images whose classes a network can tell apart, and a Transform graph."""
+"""What the tests share: small images whose classes a network can tell apart, a Transform graph, ports and log levels."""
 
 import csv
 import functools
 import io
+import itertools
+import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +26,39 @@ TRANSFORM_IMAGE_SIZE = 32  # pixels; of the graph that `transform_graph` makes
 
 _SHAPES = ("circle", "square", "triangle", "cross")
 _MIN_CONTRAST = 90  # between the shape and its ground, of 255
+# Linux takes the ports of outgoing connections from 32,768 on, so that nothing takes one of these before it is used. Each
+# worker of pytest has its own.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.count(10_000 + 2_000 * (_WORKER % 10) + os.getpid() % 1_000)
+_LOG_LEVELS = {
+    logger: logger.level for logger in (logging.getLogger(), absl_logging.get_absl_logger(), logging.getLogger("tfx_vision"))
+}
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> None:
+    """Gives each test the log levels of the beginning, whatever a test, a fixture or a library before it has set."""
+    for logger, level in _LOG_LEVELS.items():
+        logger.setLevel(level)
+
+
+def messages_of(caplog: pytest.LogCaptureFixture, name: str = "tfx_vision") -> list[str]:
+    """Returns what one logger has said; a thread of a library may have logged, too."""
+    return [record.getMessage() for record in caplog.records if record.name == name]
+
+
+def find_free_ports(num_ports: int) -> list[int]:
+    """Returns ports of localhost that are free and that nothing else is given before they are used; each once in a process."""
+    found: list[int] = []
+    while len(found) < num_ports:
+        port = next(_PORTS)
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:  # a program of this machine has it
+                continue
+        found.append(port)
+    return found
 
 
 def _draw(shape: str, size: int, random: np.random.Generator) -> Image.Image:

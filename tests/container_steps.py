@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conftest import find_free_ports
 from google.protobuf import json_format
 
 _VENV_IN_IMAGE = "/opt/venv"
@@ -241,10 +241,8 @@ def _replicas(job: Any) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Returns each replica's command and variables by its name; the primary comes first."""
     spec = job.job_spec
     pools = [(index, pool) for index, pool in enumerate(spec.worker_pool_specs) if pool.replica_count]
-    sockets = [socket.create_server(("localhost", 0)) for _, pool in pools for _ in range(pool.replica_count)]
-    hosts = iter([f"localhost:{one.getsockname()[1]}" for one in sockets])
-    for one in sockets:
-        one.close()
+    num_replicas = sum(pool.replica_count for _, pool in pools)
+    hosts = iter([f"localhost:{port}" for port in find_free_ports(num_replicas)])
     cluster = {index: [next(hosts) for _ in range(pool.replica_count)] for index, pool in pools}
     shared = {"environment": "cloud", "job": json_format.MessageToDict(spec, preserving_proto_field_name=True)}
     base = {"CLOUD_ML_JOB_ID": job.name.rpartition("/")[2]}
@@ -260,7 +258,7 @@ def _replicas(job: Any) -> dict[str, tuple[list[str], dict[str, str]]]:
             pool_hosts = {f"workerpool{number}": names for number, names in cluster.items()}
             variables = {variable.name: variable.value for variable in container.env} | base
             variables["CLUSTER_SPEC"] = json.dumps({"cluster": pool_hosts, "task": task, **shared})
-            if len(sockets) > 1:
+            if num_replicas > 1:
                 jobs = {_CLUSTER_JOBS[number]: names for number, names in cluster.items() if number < 3}  # no evaluators
                 task = {"type": _CLUSTER_JOBS[pool_index], "index": index}
                 variables["TF_CONFIG"] = json.dumps({"cluster": jobs, "task": task, **shared})
@@ -270,7 +268,7 @@ def _replicas(job: Any) -> dict[str, tuple[list[str], dict[str, str]]]:
 
 @contextlib.contextmanager
 def serving_container(
-    model: Any, *, image: Image, log: Path, environment: Mapping[str, str], timeout_seconds: float = 120.0
+    model: Any, *, image: Image, log: Path, environment: Mapping[str, str], timeout_seconds: float = 600.0
 ) -> Iterator[Callable[[Sequence[Any]], list[Any]]]:
     """Runs the container of a Vertex AI model as an endpoint does, and waits until its health route answers.
 
@@ -288,8 +286,7 @@ def serving_container(
       ContainerError: if it ends, or does not become healthy.
     """
     spec = model.container_spec
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = find_free_ports(1)
     variables = {
         "AIP_HTTP_PORT": str(port),
         "AIP_HEALTH_ROUTE": spec.health_route,

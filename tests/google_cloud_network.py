@@ -213,6 +213,7 @@ def _key_file(project: str) -> dict[str, str]:
 
 class _HttpsServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # with five, a busy machine drops connections of Beam's and TensorFlow's many threads
 
     def __init__(self, network: Network):
         super().__init__(("127.0.0.1", 0), _HttpsHandler)

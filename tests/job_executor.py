@@ -2,9 +2,9 @@
 
 Called by `tests/test_compiled_job.py`. It reads the job that `kubeflow_runner.py` writes by the published protocol buffers of
 PipelineSpec, gives every container the ExecutorInput that the service would, reads its ExecutorOutput, and keeps the artifacts
-in a store that a second execution is handed. What the service does and this does not: caching, retries, tasks at the same time,
-iterators, and pipelines in pipelines. What differs for want of a bucket and of Dataflow is in `local_job`, of a container in
-`tests/container_steps.py`.
+in a store that a second execution is handed. What the service does and this does not: a cache (the caller says what an earlier
+execution has done), retries, tasks at the same time, iterators, and pipelines in pipelines. What differs for want of a bucket
+and of Dataflow is in `local_job`, of a container in `tests/container_steps.py`.
 """
 
 import dataclasses
@@ -114,6 +114,7 @@ def execute_job(
     image: Image,
     folder: Path,
     store: list[Artifact],
+    done: Mapping[str, TaskResult] | None = None,
     parameters: Mapping[str, Any] | None = None,
     pipeline_root: str = "",
     environment: Mapping[str, str] | None = None,
@@ -127,6 +128,7 @@ def execute_job(
       image: that every container runs.
       folder: for the logs, `<task>.log`, and the result, `job.json`.
       store: the metadata store; this job's artifacts are added to it.
+      done: results of an earlier execution with the same store, by task, which are taken in the place of running these.
       parameters: values of pipeline parameters, over those of the job, as the SDK's `parameter_values`.
       pipeline_root: over that of the job.
       environment: variables for every container beside those of its image and of Vertex.
@@ -139,6 +141,7 @@ def execute_job(
     execution = _Execution(
         job, image=image, folder=folder, store=store, pipeline_root=pipeline_root, path=path, timeout_seconds=timeout_seconds
     )
+    execution.done = dict(done or {})
     execution.check()
     execution.set_parameters(parameters or {})
     execution.environment = {"CLOUD_ML_PROJECT_ID": PROJECT_NUMBER, "CLOUD_ML_REGION": REGION, **(environment or {})}
@@ -163,6 +166,7 @@ class _Execution:
     ):
         self.image, self.folder, self.store, self.path, self.timeout_seconds = image, folder, store, path, timeout_seconds
         self.environment: dict[str, str] = {}
+        self.done: dict[str, TaskResult] = {}
         self.parameters: dict[str, Any] = {}
         self.tasks: dict[str, TaskResult] = {}
         self.order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
@@ -246,6 +250,8 @@ class _Execution:
         return JobResult(self.job_id, FAILED if failed else SUCCEEDED, self.tasks)
 
     def _run_task(self, name: str, task: pb.PipelineTaskSpec) -> TaskResult:
+        if name in self.done:
+            return self.done[name]
         started = time.monotonic()
         waits_for_all = task.trigger_policy.strategy == pb.PipelineTaskSpec.TriggerPolicy.ALL_UPSTREAM_TASKS_COMPLETED
         if not waits_for_all and any(self.tasks[other].state != SUCCEEDED for other in _dependencies(task)):

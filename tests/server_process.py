@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from conftest import ROOT
 
-READY_SECONDS = 90
+READY_SECONDS = 600
 
 
 class ServerProcess:
@@ -24,9 +24,10 @@ class ServerProcess:
         command = [sys.executable, "-m", "models.server", "--port", "0", *flags]
         with open(log, "w") as file:
             self.process = subprocess.Popen(command, cwd=ROOT, stderr=file, env=os.environ | (environment or {}))
-        self.port = self.wait_for_line("listening")["port"]
+        listening = self.wait_for_line("listening")
+        self.port, self.page = listening["port"], listening["page"]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=300)
         if is_ready:
             self.wait_until_ready()
 

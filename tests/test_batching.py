@@ -14,10 +14,12 @@ class _Model:
     def __init__(self, seconds: float = 0.0):
         self.batches: list[list[bytes]] = []
         self.seconds = seconds
+        self.was_asked = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
     def answer(self, images):
+        self.was_asked.set()
         self.gate.wait()
         time.sleep(self.seconds)
         self.batches.append(images)
@@ -44,22 +46,33 @@ async def _hold(batcher: Batcher, model: _Model) -> asyncio.Task:
     """Keeps the thread busy with one image until the gate opens."""
     model.gate.clear()
     task = asyncio.create_task(batcher.answer(_images("held"), model.answer))
-    await asyncio.sleep(0.05)
+    assert await asyncio.to_thread(model.was_asked.wait, 60)
     assert len(batcher) == 0
     return task
 
 
+async def _start(*requests) -> list[asyncio.Task]:
+    """Starts requests, and returns when all of them are in the queue."""
+    tasks = [asyncio.create_task(request) for request in requests]
+    await asyncio.sleep(0)  # a request queues before it waits for anything
+    return tasks
+
+
 def test_batcher_answers_every_image_with_its_own_answer():
-    model = _Model(0.002)
+    model = _Model()
 
     async def scenario(batcher):
+        held = await _hold(batcher, model)
         requests = [_images(*(f"{number}-{part}" for part in range(number % 3 + 1))) for number in range(50)]
-        found = await asyncio.gather(*(batcher.answer(images, model.answer) for images in requests))
+        waiting = await _start(*(batcher.answer(images, model.answer) for images in requests))
+        model.gate.set()
+        await held
+        found = await asyncio.gather(*waiting)
         assert [[answer[0] for answer in one] for one in found] == [[image.encoded for image in one] for one in requests]
 
     _run(scenario, max_queue=200)
     assert max(map(len, model.batches)) == 4
-    assert sum(map(len, model.batches)) == sum(number % 3 + 1 for number in range(50))
+    assert sum(map(len, model.batches)) == 1 + sum(number % 3 + 1 for number in range(50))
 
 
 def test_batcher_makes_a_batch_of_what_queued_meanwhile():
@@ -67,8 +80,7 @@ def test_batcher_makes_a_batch_of_what_queued_meanwhile():
 
     async def scenario(batcher):
         held = await _hold(batcher, model)
-        waiting = [asyncio.create_task(batcher.answer(_images(name), model.answer)) for name in "abcdef"]
-        await asyncio.sleep(0.05)
+        waiting = await _start(*(batcher.answer(_images(name), model.answer) for name in "abcdef"))
         model.gate.set()
         await asyncio.gather(held, *waiting)
 
@@ -86,20 +98,36 @@ def test_batcher_answers_a_single_client_at_once():
     _run(scenario, max_latency_seconds=600.0)  # more than a scenario may take
 
 
-def test_batcher_waits_for_clients_that_come_back_but_not_longer_than_its_bound():
+async def _answer_three_together(batcher: Batcher, model: _Model) -> None:
+    held = await _hold(batcher, model)
+    three = await _start(*(batcher.answer(_images(name), model.answer) for name in "abc"))
+    model.gate.set()
+    await asyncio.gather(held, *three)
+
+
+def test_batcher_waits_for_clients_that_come_back():
     model = _Model()
 
     async def scenario(batcher):
-        held = await _hold(batcher, model)
-        first = [asyncio.create_task(batcher.answer(_images(name), model.answer)) for name in "abc"]
-        await asyncio.sleep(0.02)
-        model.gate.set()
-        await asyncio.gather(held, *first)
+        await _answer_three_together(batcher, model)
+        again = []
+        for name in "def":
+            again += await _start(batcher.answer(_images(name), model.answer))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*again)
+
+    _run(scenario, max_latency_seconds=600.0)  # more than a scenario may take
+    assert [len(batch) for batch in model.batches] == [1, 3, 3]
+
+
+def test_batcher_waits_no_longer_than_its_bound():
+    model = _Model()
+
+    async def scenario(batcher):
+        await _answer_three_together(batcher, model)
         started = time.monotonic()
-        again = asyncio.create_task(batcher.answer(_images("d"), model.answer))
-        await asyncio.sleep(0.02)
-        await asyncio.gather(again, batcher.answer(_images("e"), model.answer))
-        assert time.monotonic() - started >= 0.15  # a third never came
+        await batcher.answer(_images("d", "e"), model.answer)
+        assert time.monotonic() - started >= 0.2  # a third never came
 
     _run(scenario, max_latency_seconds=0.2)
     assert [len(batch) for batch in model.batches] == [1, 3, 2]
@@ -110,17 +138,15 @@ def test_batcher_refuses_what_does_not_fit_and_takes_it_later():
 
     async def scenario(batcher):
         held = await _hold(batcher, model)
-        waiting = asyncio.create_task(batcher.answer(_images("a", "b", "c"), model.answer))
-        await asyncio.sleep(0.02)
+        waiting = await _start(batcher.answer(_images("a", "b", "c"), model.answer))
         with pytest.raises(QueueFullError):
             await batcher.answer(_images("d", "e"), model.answer)
         assert len(batcher) == 3
         assert not batcher.is_full
-        last = asyncio.create_task(batcher.answer(_images("f"), model.answer))
-        await asyncio.sleep(0.02)
+        waiting += await _start(batcher.answer(_images("f"), model.answer))
         assert batcher.is_full
         model.gate.set()
-        await asyncio.gather(held, waiting, last)
+        await asyncio.gather(held, *waiting)
         assert (await batcher.answer(_images("d", "e"), model.answer))[0][0] == b"d"
 
     _run(scenario, max_queue=4)
@@ -131,11 +157,9 @@ def test_batcher_lets_cancelled_images_leave_the_queue():
 
     async def scenario(batcher):
         held = await _hold(batcher, model)
-        gone = asyncio.create_task(batcher.answer(_images("a", "b"), model.answer))
-        stays = asyncio.create_task(batcher.answer(_images("c"), model.answer))
-        await asyncio.sleep(0.02)
+        gone, stays = await _start(*(batcher.answer(_images(*names), model.answer) for names in ("ab", "c")))
         gone.cancel()
-        await asyncio.sleep(0.02)
+        await asyncio.wait([gone])
         assert len(batcher) == 1
         model.gate.set()
         await asyncio.gather(held, stays)
@@ -153,8 +177,7 @@ def test_batcher_mixes_no_models_and_bounds_the_pixels_of_a_batch():
         requests = [batcher.answer(_images("a"), old.answer), batcher.answer(_images("b"), new.answer)]
         requests += [batcher.answer(_images(name, num_pixels=60), new.answer) for name in "cd"]
         requests += [batcher.answer(_images("e", num_pixels=1000), new.answer)]  # more than a batch may have: alone
-        tasks = [asyncio.create_task(request) for request in requests]
-        await asyncio.sleep(0.05)
+        tasks = await _start(*requests)
         old.gate.set()
         await asyncio.gather(held, *tasks)
 

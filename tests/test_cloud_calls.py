@@ -91,22 +91,23 @@ def _list(cloud):
 
 
 def test_repeated_asks_again_with_growing_pauses_and_then_gives_up(google_cloud, monkeypatch):
-    monkeypatch.setattr(cloud_calls, "RETRY", cloud_calls.RETRY.with_delay(0.01, 0.1).with_timeout(0.5))
+    monkeypatch.setattr(cloud_calls, "RETRY", cloud_calls.RETRY.with_delay(0.01, 0.1).with_timeout(60))
     google_cloud.faults.extend([("ListEndpoints", exceptions.ServiceUnavailable("down"))] * 3)
 
     assert _list(google_cloud) == []
     assert len(google_cloud.sent("ListEndpoints")) == 4
 
+    monkeypatch.setattr(cloud_calls, "RETRY", cloud_calls.RETRY.with_timeout(0.5))
     google_cloud.faults.extend([("ListEndpoints", exceptions.ServiceUnavailable("down"))] * 1000)
     with pytest.raises(RuntimeError, match=r"Expected Vertex AI to list. Received: down\. "), explaining("list"):
         _list(google_cloud)
-    assert 4 < len(google_cloud.sent("ListEndpoints")) - 4 < 100
+    assert len(google_cloud.sent("ListEndpoints")) - 4 < 100  # on a slow machine it is one
 
 
 def test_repeated_does_not_wait_for_an_answer_for_ever(google_cloud, monkeypatch):
     monkeypatch.setattr(cloud_calls, "CALL_SECONDS", 0.3)
     monkeypatch.setattr(cloud_calls, "RETRY", cloud_calls.RETRY.with_timeout(0.3))
-    google_cloud.answer_seconds["ListEndpoints"] = 3.0
+    google_cloud.answer_seconds["ListEndpoints"] = 600.0
 
     with pytest.raises(RuntimeError, match=r"Expected Vertex AI to list. Received: .*Deadline Exceeded"), explaining("list"):
         _list(google_cloud)

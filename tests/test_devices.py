@@ -2,14 +2,13 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import keras
 import pytest
 import tensorflow as tf
-from conftest import ROOT
+from conftest import ROOT, find_free_ports, messages_of
 
 from data.errors import InputError, validate
 from models import devices, gpu_diagnosis
@@ -29,7 +28,7 @@ without_gpu = pytest.mark.skipif(HAS_GPU, reason="the machine has a GPU")
 with_gpu = pytest.mark.skipif(not HAS_GPU, reason="the machine has no GPU")
 
 T4, V100, A100, H100 = (7, 5), (7, 0), (8, 0), (9, 0)
-PROCESS_TIMEOUT_SECONDS = 120  # TensorFlow alone loads for up to 20 s on a busy machine
+PROCESS_TIMEOUT_SECONDS = 600  # TensorFlow alone loads for up to 20 s on a busy machine
 MISSING = f"Expected a GPU, as devices.accelerator is `gpu`. Received: none that TensorFlow {tf.__version__} can see"
 WORKING = GpuFindings(
     build={"is_cuda_build": True, "cuda_version": "12.3", "cudnn_version": "8"},
@@ -81,17 +80,6 @@ def _finish(processes: list[subprocess.Popen]) -> list[dict]:
     return results
 
 
-def _find_free_ports(num_ports: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(num_ports)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 def _tf_config(cluster: dict, job: str, index: object = 0) -> str:
     return json.dumps({"cluster": cluster, "task": {"type": job, "index": index}})
 
@@ -107,7 +95,7 @@ def test_configure_devices_takes_the_cpu_in_float32(accelerator, caplog):
     assert (chosen.local_device, chosen.precision, chosen.num_replicas) == ("/CPU:0", "float32", 1)
     assert (chosen.jit_compile, chosen.is_chief, chosen.deterministic) == (False, True, False)
     assert keras.mixed_precision.dtype_policy().name == "float32"
-    assert caplog.messages == ["computing on CPU in float32"]
+    assert messages_of(caplog) == ["computing on CPU in float32"]
 
 
 @without_gpu
@@ -406,7 +394,7 @@ def test_configure_devices_takes_the_gpus_asked_for(strategy, monkeypatch, caplo
     assert claimed == (["GPU:0", "GPU:1"] if several else ["GPU:0"])
     assert made == [("mirrored", 2) if several else ("one_device", 1)]
     assert (chosen.local_device, chosen.jit_compile, chosen.precision) == ("/GPU:0", not several, "mixed_float16")
-    assert caplog.messages == [
+    assert messages_of(caplog) == [
         "computing on 2 GPUs (Tesla T4) in mixed_float16"
         if several
         else "computing on GPU (Tesla T4) in mixed_float16 with XLA"
@@ -472,7 +460,7 @@ print(json.dumps({
     "total": float(total()),
 }))
 """
-    hosts = [f"127.0.0.1:{port}" for port in _find_free_ports(2)]
+    hosts = [f"127.0.0.1:{port}" for port in find_free_ports(2)]
     workers = [_start(script, TF_CONFIG=_tf_config({"worker": hosts}, "worker", index)) for index in range(2)]
 
     results = _finish(workers)
@@ -500,7 +488,7 @@ def test_configure_devices_warns_of_workers_that_train_each_on_its_own(monkeypat
     chosen = configure_devices(DeviceConfig(strategy="one_device"))
 
     assert (chosen.num_replicas, chosen.is_chief) == (1, False)
-    assert caplog.messages[0] == "2 workers train the same model, each on its own, as devices.strategy is `one_device`"
+    assert messages_of(caplog)[0] == "2 workers train the same model, each on its own, as devices.strategy is `one_device`"
 
 
 def test_configure_devices_refuses_several_workers_without_tf_config():

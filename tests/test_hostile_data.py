@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -200,19 +199,43 @@ def test_another_runner_in_several_processes_writes_the_same_bytes(make_images, 
     assert shards_of(tmp_path / "several", source, beam_args=several, num_readers=3) == expected
 
 
-@pytest.mark.parametrize("sign", ["listings/000000.json", "parts/*", "results*", "schema", "report.json"])
-def test_killed_preparation_ends_the_same_when_run_again(make_images, tmp_path, sign):
+# Prepares, and is killed when a function has done its work for the first time.
+KILLED = """
+import importlib, os, signal, sys
+from data import prepare
+
+module, function = sys.argv.pop(1).split(":")
+module = importlib.import_module(module)
+original = getattr(module, function)
+
+def work_and_die(*arguments, **options):
+    original(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(module, function, work_and_die)
+prepare.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "sign"),  # what returns never, and what is there then
+    [
+        ("data.prepare:_write_listings", "listings/000000.json"),
+        ("data.steps:_record", "parts/*"),
+        ("data.prepare:_read_results", "results/*"),
+        ("data.prepare:_write_json", "schema/schema.pbtxt"),
+        ("data.prepare:write_data_report", "report.json"),
+    ],
+)
+def test_killed_preparation_ends_the_same_when_run_again(make_images, tmp_path, function, sign):
     source = make_images(tmp_path / "photos", num_per_class=150, size=60)
     output = tmp_path / "records"
     arguments = ["--input", str(source), "--output", str(output), "--valid-fraction", "0.3", "--test-fraction", "0.3"]
-    command = [sys.executable, "-m", "data.prepare", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(tmp_path.glob(f"records.tmp-*/{sign}")):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    # The last of them may be too quick to be caught.
-    assert process.returncode == -signal.SIGKILL or sign in ("schema", "report.json")
-    assert output.exists() == (process.returncode == 0)
+    command = [sys.executable, "-c", KILLED, function, *arguments]
+    killed = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(f"records.tmp-*/{sign}"))
+    assert not output.exists()
 
     report = prepare(DataConfig(input=str(source), **FRACTIONS), str(output))
 
@@ -352,7 +375,9 @@ def test_own_schema_takes_the_place_of_the_generated_one(make_images, tmp_path, 
     source = make_images(tmp_path / "photos", num_per_class=20, size=24)
     output = tmp_path / "records"
     arguments = ["--input", str(source), "--output", str(output), "--valid-fraction", "0.3", "--test-fraction", "0.3"]
+    level = module.logger.level
     assert module.main(arguments) == 0
+    assert module.logger.level == level
     written = output / "schema/schema.pbtxt"
     edited = tmp_path / "schema.pbtxt"
     edited.write_text(written.read_text().replace("max: 4", "max: 3"))

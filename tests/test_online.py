@@ -2,6 +2,7 @@ import datetime
 import email.utils
 import io
 import json
+import threading
 import time
 
 import numpy as np
@@ -102,10 +103,21 @@ def test_online_waits_as_long_as_the_server_says(server, images):
     assert time.monotonic() - began > 1.0
 
 
-def test_online_gives_up_on_a_server_that_stays_busy(server, images, capsys):
+def test_predict_online_gives_up_on_a_server_that_stays_busy(server, images):
     server.faults.extend([503] * 100)
 
-    code = main(["online", str(images), "--server", server.url, "--timeout", "0.6"])
+    failed = [answer for answer in _ask(images, _client(server), timeout_seconds=0.6) if answer.server_failed]
+
+    assert len(failed) == 10
+    for answer in failed:
+        assert answer.row["error"].startswith("the server gave no answer, asked ")
+        assert answer.row["error"].endswith(" times: 503: as the test says")
+
+
+def test_online_says_that_the_server_stayed_busy(server, images, capsys):
+    server.faults.extend([503] * 1000)
+
+    code = main(["online", str(images), "--server", server.url, "--timeout", "8"])  # for each request, too
 
     captured = capsys.readouterr()
     errors = [json.loads(line)["error"] for line in captured.out.splitlines()]
@@ -134,8 +146,17 @@ def test_online_takes_a_refused_image_as_the_image_s_fault(server, images):
     assert not any(answer.server_failed for answer in answers)
 
 
-def test_online_asks_several_at_once_but_no_more_than_it_may(server, images):
+def test_online_asks_several_at_once_but_no_more_than_it_may(server, images, monkeypatch):
     many = list(list_images([str(images)] * 5))
+    predict, has_two = server.predict, threading.Event()
+
+    def predict_beside_another(body):
+        if server.num_at_once > 1:
+            has_two.set()
+        assert has_two.wait(60)
+        return predict(body)
+
+    monkeypatch.setattr(server, "predict", predict_beside_another)
 
     list(predict_online(many, _client(server, concurrency=3), concurrency=3))
 
@@ -209,9 +230,9 @@ def test_parse_retry_after_reads_seconds(value, seconds):
 
 
 def test_parse_retry_after_reads_a_date():
-    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
 
-    assert parse_retry_after(email.utils.format_datetime(moment, usegmt=True)) == pytest.approx(30, abs=2)
+    assert parse_retry_after(email.utils.format_datetime(moment, usegmt=True)) == pytest.approx(3600, abs=60)
 
 
 def test_fit_image_keeps_what_fits(photograph):

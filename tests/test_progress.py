@@ -1,4 +1,5 @@
 import pytest
+from conftest import messages_of
 
 from models import progress as module
 from models.progress import Progress
@@ -21,7 +22,7 @@ def test_progress_logs_a_bar_the_speed_and_the_time_left(clock, caplog):
     with caplog.at_level("INFO", logger="tfx_vision"):
         assert progress.advance(40, note="val accuracy 0.9")
 
-    assert caplog.messages == ["embedding train ━━━━━───────────────  25% · 12 images/s · 12 s left · val accuracy 0.9"]
+    assert messages_of(caplog) == ["embedding train ━━━━━───────────────  25% · 12 images/s · 12 s left · val accuracy 0.9"]
 
 
 def test_progress_leaves_out_of_the_speed_what_an_earlier_run_did(clock):

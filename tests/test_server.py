@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -32,8 +33,8 @@ from models.service import Service
 from pipeline.serving_process import make_png
 
 MAX_BODY_BYTES = 2**20
-LIMITS = ("--max-body-mib=1", "--max-pixels=1000000", "--max-queue=64", "--max-batch-size=8", "--head-seconds=2")
-LIMITS += ("--body-seconds=4", "--keep-alive-seconds=3", "--poll-seconds=0.3", "--drain-seconds=20")
+LIMITS = ("--max-body-mib=1", "--max-pixels=1000000", "--max-queue=64", "--max-batch-size=8", "--poll-seconds=0.3")
+LIMITS += ("--head-seconds=4", "--body-seconds=8", "--request-seconds=300")
 MAX_CONNECTIONS = 100
 LIMITS += (f"--max-connections={MAX_CONNECTIONS}",)
 
@@ -75,6 +76,13 @@ def expected(exported, images) -> dict[int, np.ndarray]:
 def _probabilities(answer: httpx.Response) -> np.ndarray:
     assert answer.status_code == 200, answer.text
     return np.array([row["probabilities"] for row in answer.json()["predictions"]])
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("route", ["/v1/models/model:predict", "/v1/models/model/versions/5:predict", "/predict"])
@@ -254,7 +262,7 @@ def test_slow_and_silent_clients_are_cut(server, images):
     raw = post(json.dumps(instances(images[0])).encode())
     connections = {}
     for name, part in {"silent": b"", "head": raw[:20], "body": raw[:-5]}.items():
-        connections[name] = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        connections[name] = socket.create_connection(("127.0.0.1", server.port), timeout=300)
         connections[name].sendall(part)
     assert server.post(instances(images[0])).status_code == 200  # nobody waits for them
 
@@ -263,7 +271,7 @@ def test_slow_and_silent_clients_are_cut(server, images):
     assert answers["silent"][0] == answers["head"][0] == 0
     status, body = answers["body"]
     assert status == 408
-    assert "Expected the body within 4 seconds" in json.loads(body)["error"]
+    assert "Expected the body within 8 seconds" in json.loads(body)["error"]
 
 
 def test_a_head_without_end_and_no_http_are_refused(server):
@@ -282,22 +290,26 @@ def test_a_client_that_sends_too_much_sees_the_answer(server):
 
 
 def test_connections_beyond_the_limit_are_refused(server, images):
-    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(MAX_CONNECTIONS)]
-    status, body = send(server.port, b"")
-    for connection in silent:
-        connection.close()
-    time.sleep(0.2)
+    status, attempts = 0, 0
+    while status != 429 and attempts < 10:  # on a slow machine, the first may have been cut before the last has come
+        attempts += 1
+        silent = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(MAX_CONNECTIONS)]
+        status, body = send(server.port, b"")
+        for connection in silent:
+            connection.close()
 
     assert status == 429
     assert "open connections" in json.loads(body)["error"]
-    assert server.post(instances(images[0])).status_code == 200
+    raw = post(json.dumps(instances(images[0])).encode())
+    _wait_until(lambda: send(server.port, raw)[0] == 200)  # soon, the server has seen that the others have gone
 
 
 def test_metrics_and_log_tell_what_happened(server, images):
-    answer = server.post(instances(images[0], images[1]), headers={"x-request-id": "find-me"})
     server.post(instances(images[0]), headers={"x-request-id": "bad id\t" + "x" * 100})
+    answer = server.post(instances(images[0], images[1]), headers={"x-request-id": "find-me"})
 
     assert answer.headers["x-request-id"] == "find-me"
+    _wait_until(lambda: any(line.get("id") == "find-me" for line in server.lines()))  # it comes after the answer
     (line,) = [line for line in server.lines() if line.get("id") == "find-me"]
     assert {name: line[name] for name in ("severity", "message", "method", "path", "code", "images", "version")} == {
         "severity": "INFO",
@@ -327,9 +339,8 @@ def test_server_stands_a_thousand_requests_of_which_a_third_are_hostile(server, 
     assert counts["good", 200] == 333
     assert len(counts) > 30  # kinds of requests
     assert server.memory_mib() - before < 40
-    idle = server.client.get("/metrics").text
-    assert "tfx_vision_queue_length 0.0" in idle
-    assert "tfx_vision_buffered_bytes 0.0" in idle
+    for idle in ("tfx_vision_queue_length 0.0", "tfx_vision_buffered_bytes 0.0"):  # once all that left are forgotten
+        _wait_until(lambda idle=idle: idle in server.client.get("/metrics").text)
     codes = {line["code"] for line in server.lines() if line["message"] == "request"}
     assert not any(code >= 500 for code in codes - {503})  # 503 while it was loading
 
@@ -339,21 +350,34 @@ def test_server_keeps_to_its_openapi_document(server):
     command += ["--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"]
     command += ["--max-examples", "20", "--seed", "1", "--phases", "examples,coverage,fuzzing"]
     command += ["--suppress-health-check", "all", "--generation-database", "none"]
-    done = subprocess.run(command, cwd=server.log.parent, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=server.log.parent, capture_output=True, text=True, timeout=900)
 
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 
-@pytest.fixture(scope="module")
-def reloading(tmp_path_factory, exported):
-    """A server of its own, whose versions change and which is stopped."""
-    folder = tmp_path_factory.mktemp("reloading")
-    shutil.copytree(exported[1], folder / "serving_model" / "1")
-    process = ServerProcess(
-        folder / "log", *LIMITS, environment={"AIP_STORAGE_URI": str(folder / "serving_model")}, is_ready=False
-    )
-    yield process
-    process.stop()
+class _WaitingModel(tf.Module):
+    """A classifier that answers nothing, its warm-up neither, until there is a file; then it answers every image alike."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self._file = str(file)
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def serve(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        def is_missing(count: tf.Tensor) -> tf.Tensor:
+            # The count is in it, as TensorFlow looks once for a file of a constant name.
+            pattern = tf.strings.join([self._file, tf.where(count < 0, "x", "")])
+            return tf.equal(tf.size(tf.io.matching_files(pattern)), 0)
+
+        waited = tf.while_loop(is_missing, lambda count: [count + 1], [0])
+        with tf.control_dependencies(waited):
+            num_images = tf.shape(image_bytes)[0]
+        return {
+            "label": tf.fill([num_images], CLASS_NAMES[0]),
+            "probability": tf.fill([num_images], 0.75),
+            "labels": tf.tile([CLASS_NAMES], [num_images, 1]),
+            "probabilities": tf.tile([[0.75, 0.25]], [num_images, 1]),
+        }
 
 
 class _Load:
@@ -375,6 +399,11 @@ class _Load:
                     self.answers.append(error)
                     return
 
+    def wait_for(self, number: int) -> None:
+        """Waits until so many more answers have come."""
+        wanted = len(self.answers) + number
+        _wait_until(lambda: len(self.answers) >= wanted)
+
     def __enter__(self) -> "_Load":
         for thread in self._threads:
             thread.start()
@@ -386,63 +415,99 @@ class _Load:
             thread.join()
 
 
-def test_health_is_ready_only_when_the_model_is(reloading, images):
-    assert reloading.client.get("/healthz").status_code == 503
-    early = reloading.post(instances(images[0]))
+def test_server_is_ready_with_its_model_takes_new_versions_under_load_and_ends_with_sigterm(
+    tmp_path, exported, images, expected
+):
+    """One test, as each part needs the process as the one before it has left it."""
+    folder, file = tmp_path / "serving_model", tmp_path / "go"
+    waiting = _WaitingModel(file)
+    tf.saved_model.save(waiting, str(folder / "1"), signatures={"serving_default": waiting.serve})
+    server = ServerProcess(
+        tmp_path / "log",
+        *LIMITS,
+        "--body-seconds=300",
+        "--drain-seconds=300",
+        environment={"AIP_STORAGE_URI": str(folder)},
+        is_ready=False,
+    )
+    try:
+        _check_that_it_is_not_ready(server, images[0])
+        file.touch()
+        server.wait_for_line("version 1 is served")
+        assert server.client.get("/healthz").status_code == 200
+        _check_that_versions_are_replaced(server, folder, exported, images[0], expected)
+        _check_that_sigterm_lets_requests_end(server, images[0])
+    finally:
+        server.stop()
+
+
+def _check_that_it_is_not_ready(server: ServerProcess, image: bytes) -> None:
+    assert server.client.get("/healthz").status_code == 503
+    early = server.post(instances(image))
     assert early.status_code == 503
     assert early.headers["retry-after"] == "1"
 
-    reloading.wait_until_ready()
 
-    assert reloading.client.get("/healthz").status_code == 200
+def _push(model: Path, folder: Path) -> None:
+    """Puts a version in its place whole, as it is pushed."""
+    copy = folder.with_name("copy")
+    shutil.copytree(model, copy)
+    os.rename(copy, folder)
 
 
-def test_a_version_is_replaced_and_a_broken_one_skipped_under_load(reloading, exported, images, expected):
-    reloading.wait_until_ready()
-    folder = reloading.log.parent / "serving_model"
-    with _Load(reloading, images[0]) as load:
-        time.sleep(0.5)
-        (folder / "3").mkdir()
-        (folder / "3" / "saved_model.pb").write_bytes(b"garbage")
-        reloading.wait_for_line("version 3 is skipped")
-        shutil.copytree(exported[2], folder / "copy")
-        os.rename(folder / "copy", folder / "2")  # as it is pushed: whole
-        reloading.wait_for_line("version 2 is served")
-        shutil.rmtree(folder / "2")
-        time.sleep(1.0)
+def _check_that_versions_are_replaced(
+    server: ServerProcess, folder: Path, exported: dict[int, Path], image: bytes, expected: dict[int, np.ndarray]
+) -> None:
+    _push(exported[1], folder / "2")
+    server.wait_for_line("version 2 is served")
+    with _Load(server, image) as load:
+        load.wait_for(20)
+        (folder / "4").mkdir()
+        (folder / "4" / "saved_model.pb").write_bytes(b"garbage")
+        server.wait_for_line("version 4 is skipped")
+        _push(exported[2], folder / "3")
+        server.wait_for_line("version 3 is served")
+        load.wait_for(20)
+        shutil.rmtree(folder / "3")
+        time.sleep(1.0)  # three looks for versions
+        load.wait_for(20)
 
-    assert len(load.answers) > 50
     found = np.array([_probabilities(answer)[0] for answer in load.answers])
     of_first, of_second = (np.abs(found - expected[seed][0]).max(axis=1) <= 1e-5 for seed in (1, 2))
     assert (of_first | of_second).all()
     assert of_first.any()
     assert of_second.any()
-    states = reloading.client.get("/v1/models/model").json()["model_version_status"]
+    states = server.client.get("/v1/models/model").json()["model_version_status"]
     assert [(state["version"], state["state"], state["status"]["error_code"]) for state in states] == [
-        ("3", "END", "UNKNOWN"),
-        ("2", "AVAILABLE", "OK"),
+        ("4", "END", "UNKNOWN"),
+        ("3", "AVAILABLE", "OK"),
+        ("2", "END", "OK"),
         ("1", "END", "OK"),
     ]
-    assert sum("version 3 is skipped" in line["message"] for line in reloading.lines()) == 1
+    assert sum("version 4 is skipped" in line["message"] for line in server.lines()) == 1
 
 
-def test_sigterm_answers_what_has_come_and_takes_no_more(reloading, images):
-    reloading.wait_until_ready()
-    raw = post(json.dumps(instances(images[0])).encode())
-    with socket.create_connection(("127.0.0.1", reloading.port), timeout=60) as connection:
+def _check_that_sigterm_lets_requests_end(server: ServerProcess, image: bytes) -> None:
+    def is_refused() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", server.port), timeout=60).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    raw = post(json.dumps(instances(image)).encode())
+    with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
         connection.sendall(raw[:-1])
-        time.sleep(0.3)
-        reloading.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", reloading.port), timeout=5)
+        _wait_until(lambda: "tfx_vision_buffered_bytes 0.0" not in server.client.get("/metrics").text)
+        server.process.send_signal(signal.SIGTERM)
+        _wait_until(is_refused)
         connection.sendall(raw[-1:])
         status, answer = read_answer(connection)
 
     assert status == 200
     assert len(json.loads(answer)["predictions"]) == 1
-    assert reloading.process.wait(20) == 0
-    assert reloading.lines()[-1]["message"] == "stopped"
+    assert server.process.wait(300) == 0
+    assert server.lines()[-1]["message"] == "stopped"
 
 
 def test_health_route_may_be_that_of_the_status():
@@ -491,7 +556,7 @@ def test_read_config_names_what_is_wrong(flags, message):
 
 def test_command_ends_with_2_where_there_is_no_model(tmp_path):
     command = [sys.executable, "-m", "models.server", "--port=0", f"--model={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     assert done.returncode == EXIT_WRONG_INPUT
     assert done.stderr.splitlines()[-1].startswith("error: Expected a SavedModel, or numbered folders with one each")
@@ -499,7 +564,7 @@ def test_command_ends_with_2_where_there_is_no_model(tmp_path):
 
 def test_command_ends_with_2_where_the_port_is_taken(server):
     command = [sys.executable, "-m", "models.server", f"--port={server.port}", "--model=x"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     assert done.returncode == EXIT_WRONG_INPUT
     assert "Expected --host and --port that are free" in done.stderr

@@ -130,7 +130,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, server):
-    browser.open(f"{server.url}/")
+    browser.open(server.page)
     return browser
 
 

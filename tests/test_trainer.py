@@ -2,10 +2,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASS_NAMES, ROOT, trainer_config
+from conftest import CLASS_NAMES, ROOT, find_free_ports, trainer_config
 from PIL import Image
 
 from models import trainer
@@ -26,7 +24,7 @@ from models.tflite import ExportConfig
 from models.trainer import TrainerConfig, run_fn, with_hyperparameters
 from preprocessing.augment import AugmentationConfig
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +50,32 @@ def make_arguments(shape_records, transform_graph):
     return make
 
 
-def _start(path: Path, arguments: dict, *, num_devices: int = 1, **environment: str) -> subprocess.Popen:
+# Trains, and gets a signal when it has saved the state of a stage for the first time, at its first epoch's end.
+KILLED = """
+import os, runpy, sys
+import tensorflow as tf
+
+script, stage, sign = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+save = tf.train.CheckpointManager.save
+
+def save_and_die(manager, *arguments, **options):
+    saved = save(manager, *arguments, **options)
+    if os.path.basename(manager.directory) == stage:
+        tf.train.CheckpointManager.save = save
+        os.kill(os.getpid(), sign)
+    return saved
+
+tf.train.CheckpointManager.save = save_and_die
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def _start(path: Path, arguments: dict, *, num_devices: int = 1, killed: tuple = (), **environment: str) -> subprocess.Popen:
+    """Starts a training; `killed` are the stage in which it gets a signal, and the signal."""
     path.write_text(json.dumps(arguments | {"num_devices": num_devices}))
-    command = [sys.executable, str(ROOT / "tests" / "training_process.py"), str(path)]
+    script = str(ROOT / "tests" / "training_process.py")
+    program = ["-c", KILLED, script, killed[0], str(int(killed[1]))] if killed else [script]
+    command = [sys.executable, *program, str(path)]
     log = open(path.with_suffix(".log"), "w")  # noqa: SIM115 (the process writes to it)
     return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -138,8 +159,7 @@ def test_run_fn_of_another_seed_gives_another_model(uninterrupted, shape_records
     assert not np.allclose(_probabilities(arguments, shape_records), _probabilities(uninterrupted, shape_records), atol=1e-4)
 
 
-# Long enough to be killed in: a head's epoch takes milliseconds.
-LONG = {HEAD: {"training": {"epochs": 120, "patience": 120}, "fine_tuning": {"epochs": 0}}, FINE_TUNING: {}}
+STAGES = {HEAD: {"training": {"epochs": 6, "patience": 6}, "fine_tuning": {"epochs": 0}}, FINE_TUNING: {}}
 
 
 @pytest.mark.one_stack
@@ -155,22 +175,14 @@ LONG = {HEAD: {"training": {"epochs": 120, "patience": 120}, "fine_tuning": {"ep
 def test_run_fn_goes_on_where_it_was_killed_and_ends_with_the_same_model(
     uninterrupted, shape_records, make_arguments, tmp_path, stage, sign
 ):
-    config = trainer_config(**LONG[stage])
+    config = trainer_config(**STAGES[stage])
     if stage == HEAD:
         uninterrupted = make_arguments(tmp_path / "uninterrupted", config)
         run_fn(SimpleNamespace(**uninterrupted))
     path = tmp_path / "killed.json"
     killed = make_arguments(tmp_path, config)
-    process = _start(path, killed)
-    checkpoints = Path(killed["model_run_dir"], "checkpoints", stage)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (checkpoints / "checkpoint").exists():  # at its first epoch's end
-        assert process.poll() is None, path.with_suffix(".log").read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(sign)
-    code = process.wait(TIMEOUT_SECONDS)
-    assert code == (EXIT_PREEMPTED if sign == signal.SIGTERM else -signal.SIGKILL)
+    code = _start(path, killed, killed=(stage, sign)).wait(TIMEOUT_SECONDS)
+    assert code == (EXIT_PREEMPTED if sign == signal.SIGTERM else -signal.SIGKILL), path.with_suffix(".log").read_text()[-3000:]
     assert not Path(killed["serving_model_dir"]).exists()
 
     rerun = make_arguments(tmp_path, config, execution=2)
@@ -205,16 +217,6 @@ def test_run_fn_that_fails_goes_on_after_the_failure_is_mended(make_arguments, t
     assert "the head is trained already" in caplog.text
 
 
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.mark.one_stack
 @pytest.mark.end_to_end
 def test_run_fn_trains_alike_on_one_device_on_two_and_on_two_machines(make_arguments, shape_records, tmp_path):
@@ -226,7 +228,7 @@ def test_run_fn_trains_alike_on_one_device_on_two_and_on_two_machines(make_argum
     alone = make_arguments(tmp_path / "alone", trainer_config(**one))
     mirrored = make_arguments(tmp_path / "mirrored", trainer_config(**two | {"devices": {"strategy": "mirrored"}}))
     workers = make_arguments(tmp_path / "workers", trainer_config(**two))
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(2)]
+    addresses = [f"127.0.0.1:{port}" for port in find_free_ports(2)]
     environments = [
         {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})}
         for index in (0, 1)

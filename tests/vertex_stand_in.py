@@ -22,6 +22,7 @@ What a test looks at and turns; see `VertexStandIn` for each:
   `answers`, `explanations`   by artifact URI, a folder above it, or "" for all: a function from instances to answers
   `models`, `endpoints`, `custom_jobs`, `batch_jobs`, `pipeline_jobs`   what there is now, by resource name
   `operation_seconds`, `answer_seconds`   by RPC; none by default: operations are done in their first answer
+  `end_operations()`          ends the operations that are under way, however long they would take
   `jobs.run_custom_job`, `jobs.run_batch_job`, `pipelines.run_pipeline_job`   functions that a created job runs in a thread
   `jobs.wait_seconds`, `jobs.finish_at_once`   keep clients quick that sleep 5 or 30 s between two looks at a job
   `pipelines.set_pipeline`, `pipelines.set_task`   move a pipeline job along
@@ -38,6 +39,7 @@ import dataclasses
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,7 +111,8 @@ class VertexStandIn:
       faults: pairs of the name of an RPC and the exception or `Fault` for its next request; `GetOperation` is one too.
       rpcs: `/package.Service/Method` -> (type of the request, function from the request to the answer).
       unknown: the paths of RPCs that had no answer.
-      answer_seconds: how long the answer of an RPC stays away after its work is done, by its name; for deadlines.
+      answer_seconds: how long the answer of an RPC stays away after its work is done, by its name; for deadlines. The end of
+        the stand-in ends it.
       operation_seconds: how long the operation of an RPC takes, by its name; its work is done at its end.
       jobs, pipelines: what runs and moves jobs, see `vertex_jobs`.
     """
@@ -127,6 +130,7 @@ class VertexStandIn:
         self.unknown: list[str] = []
         self.answer_seconds: dict[str, float] = {}
         self.operation_seconds: dict[str, float] = {}
+        self._has_ended = threading.Event()
         self._operations: dict[str, _Operation] = {}
         self._world = World(project, PROJECT_NUMBER)
         self.storage = StorageStandIn(folder / "buckets")
@@ -162,6 +166,7 @@ class VertexStandIn:
         return self
 
     def __exit__(self, *unused: Any) -> None:
+        self._has_ended.set()
         self.network.stop()
         self._server.stop(1.0)  # in the background: at once, it would tell clients that are still there of an error
 
@@ -214,6 +219,13 @@ class VertexStandIn:
         """The requests of one RPC, in order."""
         return [request for name, request in list(self.requests) if name == method]
 
+    def end_operations(self) -> None:
+        """Does the work of all operations that are under way."""
+        with self._world.lock:
+            for operation in self._operations.values():
+                operation.due = 0.0
+            self._settle()
+
     def answer(self, path: str, content: bytes, *, host: str = "", is_authorized: bool = True) -> bytes:
         """Answers one gRPC request.
 
@@ -247,7 +259,7 @@ class VertexStandIn:
         answer = function(request)
         if isinstance(answer, LongRunning):
             answer = self._start(method, answer, version=version, fault=fault)
-        time.sleep(self.answer_seconds.get(method, 0.0))
+        self._has_ended.wait(self.answer_seconds.get(method, 0.0))
         if fault and fault.when == "answer_lost":
             raise fault.error
         return type(answer).serialize(answer) if hasattr(type(answer), "serialize") else answer.SerializeToString()
