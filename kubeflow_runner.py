@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline.cloud_check import check_cloud
 
             return check_cloud(config)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return report_error(error, debug=arguments.debug or bool(os.environ.get(_DEBUG_VARIABLE)))
     return EXIT_DONE
 

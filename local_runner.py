@@ -34,10 +34,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.spinner import Spinner
 
-from data.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_BLESSED, DataAnomalyError, InputError, exit_code, report_error
+from data.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_BLESSED,
+    DataAnomalyError,
+    InputError,
+    exit_code,
+    report_error,
+)
 from pipeline.console import Progress, live, output_to_log, print_summary
-
-EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +87,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "pushed; 4 stopped by the data gate.",
     )
     parser.add_argument("--data", help="folder with a folder per class, CSV (path,label), prepared records, or `elpv`")
-    parser.add_argument("--config", help="TOML file with the settings")
+    parser.add_argument("--config", help="TOML file with the settings (default: the file that TFX_VISION_CONFIG names)")
     parser.add_argument("--preset", help="settings to start from: default, accurate or smoke")
     parser.add_argument("--workspace", help="folder for everything the run makes (default: runs/<pipeline name>)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting; repeatable")
@@ -90,9 +97,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _load(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, Path]:
     """Reads the configuration and makes the workspace."""
-    from pipeline.config import load_config
+    from pipeline.config import CONFIG_VARIABLE, load_config
 
-    config = load_config(arguments.config, overrides=overrides)
+    config = load_config(arguments.config or os.environ.get(CONFIG_VARIABLE) or None, overrides=overrides)
     if "://" in (arguments.workspace or ""):
         raise InputError(
             f"Expected --workspace to be a folder on this machine. Received: {arguments.workspace!r}. "
@@ -142,11 +149,14 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
 
                 from data.fingerprint import code_fingerprint
                 from pipeline.pipeline import create_pipeline
+                from pipeline.records import small_slices
                 from pipeline.report import write_report
                 from pipeline.results import read_results
             with progress.step("Prepare data") as step:
                 records, report = _prepare(config, workspace, step)
-                run["counts"], run["data_warnings"] = _counts(report), report.get("warnings", [])
+                run["counts"] = _counts(report)
+                small = small_slices(records, report, min_examples=config.evaluation.min_slice_examples)
+                run["data_warnings"] = [*report.get("warnings", []), *small]
                 run["fingerprints"] = {
                     "code": code_fingerprint("models.trainer"),
                     "records": report.get("fingerprint", ""),
@@ -183,9 +193,7 @@ def _run(config: Any, workspace: Path, console: Console, started: float) -> int:
         run["reasons"] = [str(error).strip() or type(error).__name__]
         if isinstance(error, DataAnomalyError):
             run["reasons"] = run["data_findings"] = list(error.args)
-        run["exit_code"] = exit_code(error)
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            run["exit_code"] = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else error.code
+        run["exit_code"] = error.code if isinstance(error, SystemExit) else exit_code(error)
         raise
     finally:
         run["components"] = _components(progress)
@@ -246,12 +254,15 @@ def _logging_to_standard_error() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     root = logging.getLogger()
     earlier, root.handlers = root.handlers, [handler]
+    earlier_level, earlier_verbosity = root.level, absl_logging.get_verbosity()
     root.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.INFO)
     try:
         yield
     finally:
         root.handlers = earlier
+        root.setLevel(earlier_level)
+        absl_logging.set_verbosity(earlier_verbosity)
 
 
 def _write_json(path: Path, value: Any) -> None:

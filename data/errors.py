@@ -17,6 +17,7 @@ EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_NOT_BLESSED = 3
 EXIT_DATA_GATE = 4
+EXIT_INTERRUPTED = 130  # as a shell has it for Ctrl-C
 
 
 class InputError(ValueError):
@@ -34,17 +35,18 @@ def exit_code(error: BaseException) -> int:
     """Returns the exit code of a command that ends with an error."""
     if isinstance(error, InputError):
         return EXIT_WRONG_INPUT
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     return EXIT_DATA_GATE if isinstance(error, DataAnomalyError) else EXIT_FAILED
 
 
-def report_error(error: Exception, *, debug: bool) -> int:
+def report_error(error: BaseException, *, debug: bool) -> int:
     """Prints an error to standard error, short with its notes or with its traceback, and returns the exit code."""
     if debug:
         traceback.print_exception(error)
     else:
-        print(
-            f"error: {str(error).strip() or type(error).__name__}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr
-        )
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error).strip() or type(error).__name__
+        print(f"error: {message}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
     return exit_code(error)
 
 

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         _explain_files(arguments)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return report_error(error, debug=arguments.debug)
     finally:
         logger.removeHandler(handler)

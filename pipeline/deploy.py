@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.spinner import Spinner
 
-from data.errors import EXIT_DONE, EXIT_NOT_BLESSED, InputError, report_error
+from data.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NOT_BLESSED, InputError, report_error
 from pipeline import deploy_vertex
 from pipeline.console import live, output_to_log
 
-_EXIT_INTERRUPTED, _EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as a shell has them
+_EXIT_TERMINATED = 128 + signal.SIGTERM  # as a shell has it
 
 
 class NotBlessedError(RuntimeError):
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NOT_BLESSED
     except KeyboardInterrupt:
         print("error: interrupted. Repeat the command; it goes on from what is there.", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except Exception as error:
         return report_error(error, debug=arguments.debug)
     finally:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.addHandler(progress)
         logger.setLevel(logging.INFO)
         return arguments.command(arguments, beam_args)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return report_error(error, debug=arguments.debug)
     finally:
         logger.removeHandler(progress)

@@ -6,6 +6,8 @@ Called by both runners.
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 from google.protobuf import text_format
@@ -13,7 +15,7 @@ from tensorflow_metadata.proto.v0 import schema_pb2
 
 from data.errors import InputError
 from data.features import RECORD_KEYS, SCHEMA_FILE, SCHEMA_FOLDER
-from data.prepare import DataConfig, read_class_names
+from data.prepare import MAX_COUNTED_VALUES, DataConfig, read_class_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +61,23 @@ def read_records(folder: str, config: DataConfig) -> Records:
         columns=columns if config.slice_columns is None else config.slice_columns,
         schema_fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
+
+
+def small_slices(records: Records, report: Mapping[str, Any], *, min_examples: int) -> list[str]:
+    """Says which columns, as one of dates or of serial numbers, make many slices that nobody can judge by.
+
+    Args:
+      records: which columns are sliced by.
+      report: that `data.prepare` returned; empty where there is none.
+      min_examples: images that a slice must have to be judged.
+
+    Returns:
+      A sentence for each such column.
+    """
+    counts = report.get("column_counts", {})
+    return [
+        f"{column} has {MAX_COUNTED_VALUES} values or more, some with too few images to judge by; data.slice_columns names the "
+        "columns to slice by."
+        for column in records.columns
+        if len(counts.get(column, ())) == MAX_COUNTED_VALUES and min(counts[column].values()) < min_examples
+    ]

@@ -33,11 +33,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.spinner import Spinner
 
-from data.errors import EXIT_DONE, InputError, report_error
+from data.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, report_error
 from pipeline.console import live, output_to_log
 from pipeline.submission import check_place, create_run, find_job, new_run_name, read_job, read_parameters, run_request
 
-_EXIT_INTERRUPTED = 130  # as a shell has it
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
 _CALL_SECONDS = 30.0  # of one look at a run, after which another is taken
 _LONGEST_PAUSE_SECONDS = 60.0  # between looks while there is no connection
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return report_error(error, debug=arguments.debug)
     except KeyboardInterrupt:
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -188,7 +187,7 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
             f"{known_as}` tells, `python -m pipeline.runs cancel {known_as}` ends it.",
             console,
         )
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
 
     def follow() -> int:
         _print(f"Submitted {run}", console)
@@ -257,7 +256,7 @@ def _unless_interrupted(command: Callable[[], int], run: str, console: Console) 
             f"`python -m pipeline.runs cancel {run}` ends it.",
             console,
         )
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def _status(arguments: argparse.Namespace, console: Console) -> int:

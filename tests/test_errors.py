@@ -38,7 +38,7 @@ class _Picture(pydantic.BaseModel):
         (DataAnomalyError("odd", "odder"), 4),
         (RuntimeError("broken"), 1),
         (ValueError("broken"), 1),
-        (KeyboardInterrupt(), 1),
+        (KeyboardInterrupt(), 130),
     ],
 )
 def test_exit_code_tells_the_user_s_errors_from_ours(error, code):
@@ -56,6 +56,11 @@ def test_report_error_prints_one_line_to_standard_error(capsys):
     assert code == 2
     assert captured.err == "error: Expected a. Received: b.\n"
     assert captured.out == ""
+
+
+def test_report_error_says_that_ctrl_c_was_no_failure(capsys):
+    assert report_error(KeyboardInterrupt(), debug=False) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_report_error_prints_each_finding_and_then_what_to_do(capsys):

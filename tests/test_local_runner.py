@@ -335,9 +335,9 @@ def test_broken_images_are_quarantined_and_the_run_goes_on(make_images, tmp_path
 
 @pytest.mark.one_stack
 def test_extra_column_becomes_a_slice(images: Path, tmp_path: Path) -> None:
-    rows = ["path,label,camera"]
+    rows = ["path,label,camera,photo"]
     for index, path in enumerate(sorted(images.glob("*/*"))):
-        rows.append(f"{path},{path.parent.name},{'left' if index % 2 else 'right'}")
+        rows.append(f"{path},{path.parent.name},{'left' if index % 2 else 'right'},{index}")
     (tmp_path / "shapes.csv").write_text("\n".join(rows))
     code, result = run(tmp_path / "ws", "--data", str(tmp_path / "shapes.csv"))
     assert code == 0
@@ -347,6 +347,8 @@ def test_extra_column_becomes_a_slice(images: Path, tmp_path: Path) -> None:
         sum(slices[f"camera={side}"]["example_count"] for side in ("left", "right"))
         == (result["metrics"]["overall"]["example_count"])
     )
+    (warning,) = (warning for warning in result["data_warnings"] if "data.slice_columns" in warning)
+    assert warning.startswith("photo has 20 values or more")
 
 
 @pytest.mark.parametrize(
@@ -366,6 +368,15 @@ def test_wrong_input_ends_in_one_clear_line(arguments: list[str], message: str, 
     assert error.startswith("error: Expected ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_settings_come_from_the_file_that_the_environment_names(tmp_path: Path, monkeypatch, capfd) -> None:
+    (tmp_path / "own.toml").write_text("[training]\nepoch = 3\n")
+    monkeypatch.setenv("TFX_VISION_CONFIG", str(tmp_path / "own.toml"))
+    assert local_runner.main(["--workspace", str(tmp_path / "ws")]) == 2
+    assert f"{tmp_path / 'own.toml'}. Received: `training.epoch`" in capfd.readouterr().err
+    assert local_runner.main(["--workspace", str(tmp_path / "ws"), "--config", "no/such.toml"]) == 2
+    assert "no/such.toml" in capfd.readouterr().err
 
 
 def test_empty_class_ends_in_one_clear_line(images: Path, tmp_path: Path, capfd) -> None:
