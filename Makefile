@@ -2,9 +2,10 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
+IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 
 # TFX 1.21's wheels need glibc 2.38; on older systems 1.16 is the newest that installs.
 GLIBC := $(shell getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2)
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed-$(TFX)
 # Tests wait for processes of their own, so one worker more than there are processors; each takes up to 4 GB.
 WORKERS ?= $(shell echo $$(( $$(nproc) < 5 ? $$(nproc) + 1 : 6 )))
 
-.PHONY: help setup run test test-long test-newest newest lint format bench docs lock clean
+.PHONY: help setup run test test-long test-newest newest lint format bench docs pictures lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,8 +60,10 @@ bench: setup ## measure the whole run against a tutorial-style TFX pipeline (abo
 	@$(BIN)/python tests/benchmarks/whole_run.py $(ARGS)
 
 docs: setup ## write docs/configuration.md anew from the code
-	@TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -W ignore -m pipeline.config_reference 2>/dev/null > docs/configuration.md.tmp \
-	  && mv docs/configuration.md.tmp docs/configuration.md
+	@page="$$(TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -W ignore -m pipeline.config_reference)" && printf '%s\n' "$$page" > docs/configuration.md
+
+pictures: setup ## make the documents' screenshots anew from runs/elpv; needs Chromium
+	@PYTHONPATH=. $(BIN)/python -W ignore tests/pictures.py $(ARGS)
 
 lock: ## resolve pyproject.toml anew into the locks
 	@test -x $(BIN)/uv || $(MAKE) setup
@@ -78,12 +81,16 @@ clean: ## remove the environment and the caches, but no run
 $(STAMP): $(LOCK)
 	@test "$(TFX)" = 1.16 -o "$(NEWEST)" = 1.21 || { \
 	  echo "error: Expected glibc 2.38 or newer for TFX 1.21. Received: glibc $(GLIBC). Take TFX=1.16; \`make test-newest\` tests 1.21 here." >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
-	  echo "error: Expected Python 3.11. Received: $$($(PYTHON) --version 2>&1). Install it, or set PYTHON=/path/to/python3.11." >&2; exit 2; }
+	@$(PYTHON) -c '$(IS_3_11)' 2>/dev/null || { \
+	  echo "error: Expected Python 3.11. Received: $$($(PYTHON) --version 2>&1). Install it (uv python install 3.11), and set PYTHON=/path/to/python3.11." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: Expected Python 3.11 with venv. Received: $(PYTHON) without. Install it (Debian 12: apt-get install python3.11-venv)." >&2; exit 2; }
 	@command -v g++ >/dev/null || { \
-	  echo "error: Expected g++, to build one package. Received: none. Install it (Debian: apt-get install g++ python3-dev)." >&2; exit 2; }
+	  echo "error: Expected g++, to build one package. Received: none. Install it (Debian: apt-get install g++)." >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	  echo "error: Expected Python 3.11 with its headers, to build one package. Received: $(PYTHON) without. Install them (Debian 12: apt-get install python3.11-dev)." >&2; exit 2; }
 	@echo "Setting up TFX $(TFX) in $(VENV) with $$($(PYTHON) --version) (glibc $(GLIBC); 1.21 needs 2.38)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import pip; $(IS_3_11)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 2; }
 	@echo "Installing uv"
 	@awk '/^[a-z]/ {is_uv = /^uv==/} is_uv' $(LOCK) > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/uv.lock

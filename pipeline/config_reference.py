@@ -7,12 +7,16 @@ Names, types, defaults and bounds are pydantic's; the words are those of the `At
 
 import dataclasses
 import inspect
+import logging
 import re
 import sys
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any
+
+if __name__ == "__main__":  # before a library below warns on the terminal
+    logging.getLogger().addHandler(logging.NullHandler())
 
 import annotated_types
 import pydantic
@@ -28,9 +32,10 @@ _BOUNDS = {
 }
 _INTRODUCTION = """# Configuration
 
-Every setting, as `make docs` reads it from the code. A setting comes from a TOML file (`--config my.toml`), from
-`--set section.key=value`, or from the environment as `TFX_VISION_SECTION__KEY=value`; later ones of preset, file, environment
-and `--set` win. Values are TOML; what is no TOML is taken as text. Unknown settings are errors that name the nearest known one.
+Every setting, as `make docs` reads it from the code. A setting comes from a TOML file (`--config my.toml`, or the file that
+`TFX_VISION_CONFIG` names), from `--set section.key=value`, or from the environment as `TFX_VISION_SECTION__KEY=value`; later
+ones of preset, file, environment and `--set` win. Values are TOML; what is no TOML is taken as text. Unknown settings are
+errors that name the nearest known one.
 
 A new preset changes the defaults below:
 
@@ -52,11 +57,19 @@ def reference() -> str:
     for name, field in Config.model_fields.items():
         if _is_section(field.annotation):
             lines += ["", f"## [{name}]", "", *_section(field.annotation)]
+            for key, table in _tables(field.annotation):
+                lines += ["", f"### [[{name}.{key}]]", "", *_section(table)]
     return "\n".join(lines) + "\n"
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+
+
+def _tables(section: type[pydantic.BaseModel]) -> Iterator[tuple[str, type[pydantic.BaseModel]]]:
+    """Finds the settings that are lists of tables: their names, and what one table is."""
+    for name, field in section.model_fields.items():
+        yield from ((name, one) for one in typing.get_args(field.annotation) if _is_section(one))
 
 
 def _section(section: type[pydantic.BaseModel]) -> Iterator[str]:
@@ -66,7 +79,8 @@ def _section(section: type[pydantic.BaseModel]) -> Iterator[str]:
         limits = " ".join(_bounds(field.metadata))
         kind = f"{_type(field.annotation)} {limits}".strip()
         description = words[name].replace("|", "\\|")
-        yield f"| `{name}` | {kind} | `{_toml(field.get_default(call_default_factory=True))}` | {description} |"
+        default = "required" if field.is_required() else f"`{_toml(field.get_default(call_default_factory=True))}`"
+        yield f"| `{field.alias or name}` | {kind} | {default} | {description} |"
 
 
 def _docstring(section: type[pydantic.BaseModel]) -> tuple[str, dict[str, str]]:

@@ -64,7 +64,7 @@ class Threshold(pydantic.BaseModel):
     Attributes:
       metric: accuracy, macro_precision, macro_recall, macro_f1, log_loss, expected_calibration_error, overconfidence;
         precision, recall, f1 of a class; roc_auc and pr_auc of a class or, without one, the macro average.
-      class_name: `class` in the file; a class, or `*` for each.
+      class_name: a class, or `*` for each.
       slice: empty for all test images, `column` for each of its values, `column=value` for one.
       min: the lowest value that passes.
       max: the highest value that passes.

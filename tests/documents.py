@@ -4,7 +4,22 @@ import dataclasses
 import re
 from pathlib import Path
 
-PROGRAMS = {"bash", "cat", "cp", "curl", "docker", "export", "for", "gcloud", "head", "make", "python", "source", "tfx"}
+PROGRAMS = {
+    "bash",
+    "cat",
+    "cp",
+    "curl",
+    "docker",
+    "export",
+    "for",
+    "gcloud",
+    "head",
+    "make",
+    "mkdir",
+    "python",
+    "source",
+    "tfx",
+}
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"")
 _INLINE = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)")
@@ -20,12 +35,14 @@ class Block:
       language: as written behind the fence.
       mark: `cloud` or `docker` where a comment of that word stands before it.
       lines: what is in it.
+      before: the text between it and the block before it.
     """
 
     line: int
     language: str
     mark: str
     lines: tuple[str, ...]
+    before: str = ""
 
     @property
     def has_commands(self) -> bool:
@@ -52,11 +69,11 @@ class Block:
 def blocks(text: str) -> list[Block]:
     """Returns the fenced blocks of a document."""
     found: list[Block] = []
-    mark, start, language, lines = "", 0, "", []
+    mark, start, language, lines, before = "", 0, "", [], []
     for number, line in enumerate(text.splitlines(), 1):
         if start and line.strip() == "```":
-            found.append(Block(start, language, mark, tuple(lines)))
-            mark, start, lines = "", 0, []
+            found.append(Block(start, language, mark, tuple(lines), " ".join(before)))
+            mark, start, lines, before = "", 0, [], []
         elif start:
             lines.append(line)
         elif line.startswith("```"):
@@ -64,6 +81,7 @@ def blocks(text: str) -> list[Block]:
         elif line.strip():
             match = re.fullmatch(r"<!-- (cloud|docker) -->", line.strip())
             mark = match[1] if match else ""
+            before.append(line.strip())
     if start:
         raise ValueError(f"Expected an end of the block of line {start}. Received: none.")
     return found
@@ -120,7 +138,7 @@ def missing_output(expected: tuple[str, ...], printed: str) -> list[str]:
     """
     missing, rest = [], printed
     for line in expected:
-        if not line.strip() or "━" in line or "──" in line or line.startswith(("  - ", "elpv · ")):
+        if not line.strip() or "━" in line or "──" in line or line.startswith(("  - ", "elpv · ", "Nothing has moved")):
             continue
         if match := re.search(_pattern(line), rest):
             rest = rest[match.end() :]

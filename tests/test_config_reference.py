@@ -24,6 +24,14 @@ def test_reference_has_every_setting():
                 assert f"\n| `{setting}` | " in section, f"{name}.{setting}"
 
 
+def test_reference_has_the_keys_of_a_threshold():
+    (section,) = reference().split("\n### [[evaluation.thresholds]]\n")[1:]
+    table = section.split("\n## ")[0]
+    assert all(f"\n| `{key}` | " in table for key in ("metric", "class", "slice", "min", "max", "max_worsening"))
+    assert '`"macro_recall"` or ' in table
+    assert table.count("| required |") == 1
+
+
 class _Base(pydantic.BaseModel):
     """The base.
 

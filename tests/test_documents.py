@@ -3,17 +3,18 @@
 A fenced command is executed here, in a temporary folder that looks like the project to a user, with small data and the preset
 `smoke` from the environment. What is not: commands that need Google Cloud (a block after `<!-- cloud -->`, or a line with ☁) or
 Docker (`<!-- docker -->`), whose options are compared all the same; and those of `ELSEWHERE`, which another test runs. A block
-of `text` after commands is their output: its lines must come, in that order, whatever their numbers are.
+of `text` after commands is their output: its lines must come, in that order, whatever their numbers are. A reader has one
+terminal: where a server runs in it, the text must say how to end it or ask for a second one, which is not in the environment.
 """
 
 import ast
 import contextlib
 import functools
 import importlib
+import importlib.resources
 import io
 import os
 import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import numpy as np
@@ -43,7 +45,6 @@ LANGUAGES = {"", "bash", "text", "toml", "python"}
 ELSEWHERE = {
     'make run ARGS="--data photos/"': "test_local_runner.py::test_first_run_executes_every_component_and_pushes",
     'make run ARGS="--data photos.csv"': "test_local_runner.py::test_extra_column_becomes_a_slice",
-    'make run ARGS="--data tfrecords/"': "test_local_runner.py::test_data_gate_stops_records_that_disobey_the_schema",
     "tfx pipeline create --engine=vertex --pipeline_path=kubeflow_runner.py": (
         "test_kubeflow_runner.py::test_tfx_command_updates_compiles_lists_and_deletes"
     ),
@@ -53,7 +54,7 @@ SMOKE = {
     "TFX_VISION_DATA__VALID_FRACTION": "0.2",  # so that a few dozen images judge a model fairly
     "TFX_VISION_DATA__TEST_FRACTION": "0.3",
 }
-DEFAULT_DATA = "TFX_VISION_DATA__INPUT", "cells/elpv.csv"  # in the place of the data set, whose name the workspace keeps
+DEFAULT_DATA = "TFX_VISION_DATA__INPUT", "default/elpv.csv"  # in the place of the data set, whose name the workspace keeps
 ENDS = {"data.prepare": (0,), "pipeline.predict": (0, 4)}  # exit codes; 4 where small data have drifted
 
 _WITH_SUBCOMMANDS = {"pipeline.predict", "pipeline.deploy", "pipeline.runs"}
@@ -61,7 +62,8 @@ _OURS = re.compile(r"\bpython (?:-m )?((?:data|models|pipeline)\.\w+|\w+_runner\
 _OF_A_MACHINE = re.compile(
     r"(?<![\w.$}])/(?:home|root|tmp|work|mnt|opt|Users)/|pypi|pythonhosted|--(?:extra-)?index-url|\d+(?:\.\d+){3}"
 )
-_VERSION = re.compile(r"(?<=runs/elpv/serving_model/)\d+")
+# Google Cloud's own, and one that the code puts together.
+_NO_TEXT_OF_OURS = ("The following quota metrics exceed quota limits: ...", "Not blessed ... Refused by: Evaluator")
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: name_of(path))
 pytestmark = pytest.mark.one_stack
@@ -144,6 +146,8 @@ def all_commands() -> Iterator[tuple[str, str]]:
         for span in code_spans(text):
             if re.match(r"(\.venv/bin/)?python |make |tfx ", span):
                 yield name_of(path), span
+            elif re.match(r"--(?:preset|data|set) (?!section\.)\S", span):  # of a run, as in the table of results
+                yield name_of(path), f"python local_runner.py {span}"
 
 
 @functools.cache
@@ -172,17 +176,60 @@ def unknown_options(command: str) -> list[str]:
 
 @pytest.mark.end_to_end
 def test_documented_options_and_targets_exist():
+    from pipeline.config import load_config
+
     makefile, num_checked = read(ROOT / "Makefile"), 0
     for place, command in all_commands():
         assert unknown_options(command) == [], f"{place}: {command}"
         num_checked += bool(_OURS.search(command))
         if make := re.match(r"make ([a-z][\w-]*)", command):
             assert re.search(rf"^{make[1]}:", makefile, re.MULTILINE), f"{place}: {command}"
+        for override in re.findall(r"--set ([a-z_]+(?:\.[a-z_]+)?=[^\s`\"]+)", command):
+            load_config(overrides=[override], environment={})
         for target in re.findall(r"docker build .*--target (\w+)", command):
             assert f" AS {target}\n" in read(ROOT / "Dockerfile"), f"{place}: {command}"
         if arguments := re.search(r'ARGS="(--[^"]*)"', command):
             assert unknown_options(f"python local_runner.py {arguments[1]}") == [], f"{place}: {command}"
     assert num_checked > 40
+
+
+def test_programs_of_the_environment_are_in_a_lock():
+    for path in DOCUMENTS:
+        for name in re.findall(r"\.venv/bin/(\w+)", read(path)):
+            known = {"python": "pip==", "uv": "uv==", "jupyter": "jupyterlab==", "activate": ""}
+            assert known[name] in read(ROOT / "requirements-tfx1.16.lock"), f"{name_of(path)}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("sys.version_info", "Expected Python 3.11. Received: "),
+        ("ensurepip", "Expected Python 3.11 with venv."),
+        ("Python.h", "Expected Python 3.11 with its headers"),
+    ],
+)
+def test_setup_says_in_a_line_what_is_missing(missing: str, message: str, tmp_path: Path):
+    done = set_up(tmp_path, f'*"{missing}"*) exit 1;;')
+    assert done.stdout == ""
+    assert message in done.stderr.splitlines()[0]
+    assert done.stderr.startswith("error: ")
+
+
+def test_setup_leaves_no_half_made_environment(tmp_path: Path):
+    done = set_up(tmp_path, f'*"-m venv"*) mkdir -p {tmp_path}/venv/bin; touch {tmp_path}/venv/bin/python; exit 1;;')
+    assert done.returncode == 2
+    assert "Setting up" in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+def set_up(folder: Path, case: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` into a new folder with a Python 3.11 that fails in a case of bash's `case "$*" in`."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\ncase "$*" in {case} esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TFX")}
+    command = ["make", "setup", f"PYTHON={python}", f"VENV={folder / 'venv'}"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_unknown_options_finds_one_that_does_not_exist():
@@ -212,22 +259,32 @@ def texts_of_the_code() -> str:
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return "\n".join([*found, read(ROOT / "local_runner.py")])
+    return re.sub(r"\[(?:/|bold(?: \w+)?)\]", "", "\n".join([*found, read(ROOT / "local_runner.py")]))  # without rich's markup
 
 
 def unknown_messages(text: str) -> list[str]:
-    """The messages in the first column of tables that no part of the code has; `...` stands for a value."""
-    first_cells = re.findall(r"^\| (`.+?`) \|", without_blocks(text), re.MULTILINE)
-    spans = [span for cell in first_cells for span in code_spans(cell) if re.search(r"Expected |Received: |^to ", span)]
+    """The messages in the first column of tables of messages that no part of the code has; `...` stands for a value."""
+    tables = re.findall(r"^\| message \|.*\n((?:\|.*\n)*)", f"{without_blocks(text)}\n", re.MULTILINE)
+    first_cells = [cell for table in tables for cell in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE)]
+    spans = [span for cell in first_cells for span in code_spans(cell) if span not in _NO_TEXT_OF_OURS]
     parts = [part.strip() for span in spans for part in span.split("...") if len(part.strip()) > 3]
-    return [part for part in parts if part not in texts_of_the_code()]
+    return [part for part in parts if not _is_said(part)]
+
+
+def _is_said(message: str) -> bool:
+    """Whether a text of the code has a message in it, at most one of whose words is a value."""
+    words = message.split(" ")
+    with_value = (" ".join([*words[:place], "\0", *words[place + 1 :]]) for place in range(len(words)) if len(words) > 2)
+    return any(known in texts_of_the_code() for known in (message, *with_value))
 
 
 def test_messages_in_documents_are_those_of_the_code():
     for path in DOCUMENTS:
         assert unknown_messages(read(path)) == [], name_of(path)
     assert len(re.findall(r"^\| `+ ?Expected", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)) > 15
-    assert unknown_messages("| `Expected ... to dance. Received: ...` | x |") == ["to dance. Received:"]
+    table = "| message | remedy |\n| --- | --- |\n"
+    assert unknown_messages(f"{table}| `Expected ... to dance. Received: ...` | x |") == ["to dance. Received:"]
+    assert unknown_messages(f"{table}| `Dance with it.` | x |\n| no message | `x` |") == ["Dance with it."]
 
 
 def test_commands_that_run_elsewhere_do():
@@ -235,7 +292,9 @@ def test_commands_that_run_elsewhere_do():
     for command, place in ELSEWHERE.items():
         file, test = place.split("::")
         assert command in documented, "no document has it any more"
-        assert f"def {test}(" in read(ROOT / "tests" / file)
+        (found,) = (node for node in ast.parse(read(ROOT / "tests" / file)).body if getattr(node, "name", "") == test)
+        source = ast.unparse(found)
+        assert re.search(r"assert (?:code|done\.returncode) == 0\b", source), "a reader's command succeeds"
 
 
 def _bare(command: str) -> str:
@@ -256,21 +315,36 @@ def test_missing_output_finds_a_line_that_was_not_printed():
 class Reader:
     """A user who does what a document says, in the folder of the project."""
 
-    def __init__(self, folder: Path, printed: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
+    servers: ClassVar[dict[tuple[str, ...], ServerProcess]] = {}  # kept, though a user ended them, as a start takes ten seconds
+
+    def __init__(self, folder: Path, printed: Callable[[], str], monkeypatch: pytest.MonkeyPatch, *, in_environment: bool):
         self._folder, self._printed, self._monkeypatch = folder, printed, monkeypatch
+        self._in_environment, self._holds_terminal = in_environment, False
         self._server: ServerProcess | None = None
+
+    def take_in(self, text: str) -> None:
+        """Does what the text between two blocks says."""
+        if "Ctrl-C ends the server" in text:
+            self._server, self._holds_terminal = None, False
+        if "second terminal" in text:
+            self._in_environment = self._holds_terminal = False
+        if "source .venv/bin/activate" in text:
+            self._in_environment = True
 
     def do(self, command: str) -> str:
         """Runs a command and returns what it prints; AssertionError if it fails."""
+        assert not self._holds_terminal, "the server still runs in this terminal"
         command = self._here(_bare(command) if "<<" not in command else command)
+        assert self._in_environment or program(command) != "python", "this terminal is not in the environment"
+        self.take_in(command)
         if program(command) == "export":
             self._export(command)
             return ""
         if program(command) == "make":
             command = self._recipe(command)
-        if program(command) != "python" or "$" in command:
+        if program(command) != "python":
             return self._shell(command)
-        _, *arguments = shlex.split(command)
+        _, *arguments = self._shell(f"printf '%s\\0' {command}").split("\0")[:-1]
         module = arguments.pop(0).removesuffix(".py")
         module = arguments.pop(0) if module == "-m" else module
         if module == "models.server":
@@ -279,9 +353,7 @@ class Reader:
         return self._call(module, arguments)
 
     def _here(self, command: str) -> str:
-        """Puts in what differs from run to run: the version that was pushed, and the port of the server."""
-        if versions := sorted(self._folder.glob("runs/elpv/serving_model/*")):
-            command = _VERSION.sub(versions[-1].name, command)
+        """Puts in what differs from run to run: the port of the server."""
         return command.replace("localhost:8501", f"localhost:{self._server.port}") if self._server else command
 
     def _export(self, command: str) -> None:
@@ -305,17 +377,17 @@ class Reader:
         return done.stdout
 
     def _serve(self, arguments: list[str]) -> None:
-        if self._server is None:
-            assert arguments[0] == "--model"
-            self._server = ServerProcess(
-                self._folder / "server.log", "--model", str(self._folder / arguments[1]), *arguments[2:]
-            )
-        assert "Classify images" in httpx.get(f"{self._server.url}/").text
+        option, model, *rest = arguments
+        assert option == "--model"
+        flags = (option, str(self._folder / model), *rest)
+        if flags not in self.servers:
+            self.servers[flags] = ServerProcess(self._folder.parent / "server.log", *flags)
+        self._server, self._holds_terminal = self.servers[flags], True
+        assert "Classify images" in httpx.get(self._server.page).text
 
     def _call(self, module: str, arguments: list[str]) -> str:
-        if arguments[:1] == ["stream"]:
-            arguments.append("--once")  # it would not end
         if arguments[:1] == ["online"]:
+            assert self._server, "no server runs"
             arguments += ["--server", self._server.url]
         with self._monkeypatch.context() as patch:
             if module == "local_runner" and not {"--data", "--config"} & {*arguments}:
@@ -326,14 +398,24 @@ class Reader:
         assert code in ENDS.get(module, (0,)), printed[-2000:]
         return printed
 
-    def leave(self) -> None:
-        if self._server:
-            self._server.stop()
+
+def test_reader_has_one_terminal_that_begins_outside_of_the_environment(tmp_path: Path, monkeypatch):
+    reader = Reader(tmp_path, str, monkeypatch, in_environment=False)
+    with pytest.raises(AssertionError, match="not in the environment"):
+        reader.do("python -m data.prepare")
+    reader._holds_terminal = True  # as a server does
+    with pytest.raises(AssertionError, match="still runs in this terminal"):
+        reader.do("mkdir -p inbox")
+    reader.take_in("Ask it from a second terminal:")
+    reader.do("mkdir -p inbox")
+    assert (tmp_path / "inbox").is_dir()
+    with pytest.raises(AssertionError, match="not in the environment"):
+        reader.do("python -m data.prepare")
 
 
 @pytest.fixture
-def project(tmp_path: Path, make_images, make_csv) -> Path:
-    """A folder like a clone of the project with its environment, beside it the data that the documents speak of."""
+def project(tmp_path: Path, make_images, make_csv) -> Iterator[Path]:
+    """A folder like a clone of the project with its environment, and in it the reader's own photographs."""
     folder = tmp_path / "tfx-vision"
     folder.mkdir()
     for name in ("data", "preprocessing", "models", "pipeline", "Makefile", "local_runner.py", "kubeflow_runner.py"):
@@ -341,15 +423,27 @@ def project(tmp_path: Path, make_images, make_csv) -> Path:
     for lock in ROOT.glob("*.lock"):
         (folder / lock.name).symlink_to(lock)
     (folder / ".venv").symlink_to(sys.prefix)
-    cells = make_images(folder / "cells", class_names=ELPV_CLASS_NAMES)
-    listing = make_csv(cells / "elpv.csv", cells)
-    listing.write_text(read(listing).replace("camera", "cell_type", 1))
-    (cells / "labels.txt").write_text("\n".join(ELPV_CLASS_NAMES))
+    write_default_data(folder / "default")
     photos = make_images(folder / "photos", num_per_class=40, class_names=("daisy", "roses", "tulips"), seed=6)
     make_csv(folder / "photos.csv", photos, cameras=("north",))
-    shutil.copytree(photos / "daisy", folder / "inbox")
-    shutil.copy(photos / "daisy" / "000.png", folder / "cell.png")
-    return folder
+    yield folder
+    while Reader.servers:
+        Reader.servers.popitem()[1].stop()
+
+
+def write_default_data(folder: Path) -> None:
+    """Lists 120 images of the default data: the surest of each class among the monocrystalline cells."""
+    package = importlib.resources.files("elpv_dataset") / "data"
+    cells = [line.split() for line in (package / "labels.csv").read_text().splitlines()]
+    folder.mkdir()
+    (folder / "labels.txt").write_text("\n".join(ELPV_CLASS_NAMES))
+    rows = ["path,label,cell_type"]
+    for name, of_defect in zip(ELPV_CLASS_NAMES, (0.0, 1.0), strict=True):
+        surest = [path for path, probability, cell_type in cells if (float(probability), cell_type) == (of_defect, "mono")]
+        rows += [
+            f"{package / path},{name},{('a', 'b')[place % 2]}" for place, path in enumerate(surest[:: len(surest) // 60][:60])
+        ]
+    (folder / "elpv.csv").write_text("\n".join(rows))
 
 
 @pytest.mark.end_to_end
@@ -361,11 +455,9 @@ def test_documented_commands_do_what_the_documents_say(project: Path, monkeypatc
     num_done = 0
     for path in DOCUMENTS:
         with monkeypatch.context() as patch:
-            reader = Reader(project, lambda: "".join(capfd.readouterr()), patch)
-            try:
-                num_done += _follow(path, reader, project)
-            finally:
-                reader.leave()
+            is_first = path == ROOT / "README.md"  # which says that the pages are read in the environment
+            reader = Reader(project, lambda: "".join(capfd.readouterr()), patch, in_environment=not is_first)
+            num_done += _follow(path, reader, project)
         for made in {made.name for made in project.iterdir()} - own:
             shutil.rmtree(made) if Path(made).is_dir() else Path(made).unlink()
     assert num_done > 20
@@ -380,6 +472,7 @@ def _follow(path: Path, reader: Reader, project: Path) -> int:
         if block.language == "text" and printed is not None:
             assert missing_output(block.lines, printed) == [], f"{name_of(path)}:{block.line}: {printed}"
         printed = None
+        reader.take_in(block.before)
         if not block.has_commands or block.mark:
             continue
         printed = ""
