@@ -160,7 +160,7 @@ def test_page_classifies_and_explains_a_photograph(page, server, exported, photo
     assert page.evaluate("document.querySelector('img.heat-map').alt").startswith("Heat map of what speaks for ")
     assert page.complaints == []
     assert {url.split(":")[0] for url in page.requests} <= {"http", "blob", "data"}
-    assert all(url.startswith((server.url, "blob:", "data:")) for url in page.requests)
+    assert all(url.startswith((server.page, "blob:", "data:")) for url in page.requests)
 
 
 def test_page_shrinks_what_is_too_large_and_says_so(page, server, tmp_path):
