@@ -30,7 +30,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 # Transform runs TensorFlow in this process before the Trainer can set it.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
-from rich.console import Console
+try:
+    from rich.console import Console
+except ModuleNotFoundError:  # the first package that is no part of Python
+    print(
+        f"error: Expected the project's environment. Received: {sys.executable}. Run `make setup`, then "
+        "`source .venv/bin/activate`; or `make run`.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 from rich.markup import escape
 from rich.spinner import Spinner
 

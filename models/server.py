@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,6 +109,7 @@ def _serve(config: ServerConfig, listener: socket.socket) -> int:
     from models.telemetry import log_as_json, log_event
 
     log_as_json()
+    warnings.simplefilter("ignore", FutureWarning)  # of Google's libraries, of the next versions of Python
     # Here, as they load TensorFlow.
     import uvicorn
 

@@ -208,7 +208,11 @@ def print_summary(console: Console, run: dict[str, Any]) -> None:
         f"[bold]{overall['macro_f1']:.3f}[/]",
     )
     console.print(table)
-    if noted := [*run["data_warnings"], *run["data_findings"]]:
+    noted = [*run["data_warnings"], *run["data_findings"]]
+    if number := run["counts"].get("quarantined"):
+        images = "image" if number == 1 else "images"
+        noted.insert(0, f"{number:,} unusable {images} put aside; quarantine.json beside the records says why.")
+    if noted:
         console.print("[bold yellow]Data[/]:", highlight=False)
         for finding in noted:
             console.print(f"  - {finding}", highlight=False, markup=False, soft_wrap=True)

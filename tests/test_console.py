@@ -16,6 +16,7 @@ RUN = {
     "reasons": [],
     "data_findings": [],
     "data_warnings": [],
+    "counts": {"train": {"square": 300}, "quarantined": 0},
     "metrics": {
         "has_baseline": False,
         "overall": {"accuracy": 0.925, "macro_f1": 0.9, "example_count": 40.0},
@@ -224,6 +225,15 @@ def test_print_summary_says_why_a_model_is_refused():
     assert "Not blessed, so nothing was pushed:" in shown
     assert f"  - {reason}\n  - another\n" in shown
     assert "Model " not in shown
+
+
+@pytest.mark.parametrize(("number", "said"), [(1, "1 unusable image put"), (1200, "1,200 unusable images put")])
+def test_print_summary_says_how_many_images_were_put_aside(number, said):
+    console = _console()
+
+    print_summary(console, RUN | {"counts": {"quarantined": number}})
+
+    assert f"Data:\n  - {said} aside; quarantine.json beside the records says why.\n" in console.file.getvalue()
 
 
 def test_print_summary_lists_what_the_data_gate_found():

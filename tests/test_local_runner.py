@@ -351,6 +351,14 @@ def test_extra_column_becomes_a_slice(images: Path, tmp_path: Path) -> None:
     assert warning.startswith("photo has 20 values or more")
 
 
+def test_runner_outside_of_the_environment_says_how_to_enter_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-S", str(ROOT / "local_runner.py")]  # without site-packages
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: Expected the project's environment. Received: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
