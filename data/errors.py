@@ -35,7 +35,7 @@ def exit_code(error: BaseException) -> int:
     """Returns the exit code of a command that ends with an error."""
     if isinstance(error, InputError):
         return EXIT_WRONG_INPUT
-    if isinstance(error, KeyboardInterrupt):
+    if _is_interrupt(error):
         return EXIT_INTERRUPTED
     return EXIT_DATA_GATE if isinstance(error, DataAnomalyError) else EXIT_FAILED
 
@@ -45,9 +45,14 @@ def report_error(error: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     else:
-        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error).strip() or type(error).__name__
+        message = "interrupted" if _is_interrupt(error) else str(error).strip() or type(error).__name__
         print(f"error: {message}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
     return exit_code(error)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Tells whether it was Ctrl-C, also in a worker of Beam, which makes an error of its own that begins with the name."""
+    return isinstance(error, KeyboardInterrupt) or str(error).startswith(f"{KeyboardInterrupt.__name__} [while running ")
 
 
 def validate(model: type[Model], values: Mapping[str, Any]) -> Model:

@@ -58,8 +58,9 @@ def test_report_error_prints_one_line_to_standard_error(capsys):
     assert captured.out == ""
 
 
-def test_report_error_says_that_ctrl_c_was_no_failure(capsys):
-    assert report_error(KeyboardInterrupt(), debug=False) == 130
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("KeyboardInterrupt [while running 'Read and check']")])
+def test_report_error_says_that_ctrl_c_was_no_failure(error, capsys):
+    assert report_error(error, debug=False) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
