@@ -378,7 +378,8 @@ def test_a_server_that_polls_never_sees_half_a_model(tmp_path):
         "while True: push_model(m, d, digest=model_digest(m))"
     )
     command = [sys.executable, "-c", code, str(model), str(tmp_path / "serving")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log)
     try:
         seen: set[str] = set()
         deadline = time.monotonic() + 120
@@ -393,7 +394,7 @@ def test_a_server_that_polls_never_sees_half_a_model(tmp_path):
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)
 
-    assert code == 128 + signal.SIGTERM
+    assert code == 128 + signal.SIGTERM, (tmp_path / "log").read_text()[-3000:]
     assert [name for name in os.listdir(tmp_path / "serving") if not name.isdecimal()] == []
 
 
